@@ -1,0 +1,223 @@
+"""The rules that a configuration must keep: ranges of single values, and values that must fit each other.
+
+Pure: nothing is read and nothing is raised, so that the caller can attach the place where a value was written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from functools import reduce
+from typing import Any, NamedTuple
+
+from mlx_distributed.config.schema import Config, DataConfig, ModelConfig, ParallelConfig
+
+OUR_ROLES = ("system", "user", "assistant", "tool", "function_call")
+
+
+class Problem(NamedTuple):
+    """A value that cannot be used."""
+
+    key: str
+    """Dotted, as in `train.micro_batch_size`."""
+    message: str
+    """The rule and what would work."""
+    others: tuple[str, ...] = ()
+    """Further keys that the rule is about: changing one of them would help as well."""
+
+
+_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "at least 1",
+        lambda value: value >= 1,
+        "lora.rank train.global_batch_size train.micro_batch_size train.max_steps eval.steps eval.max_examples "
+        "eval.max_new_tokens checkpoint.steps checkpoint.save_total_limit logging.steps",
+    ),
+    ("at least 2, a token and the one after it", lambda value: value >= 2, "data.max_seq_length"),
+    (
+        "at least 0",
+        lambda value: value >= 0,
+        "optimizer.weight_decay scheduler.warmup_steps eval.num_samples",
+    ),
+    (
+        "above 0",
+        lambda value: value > 0,
+        "lora.alpha lora.scale train.epochs train.max_grad_norm optimizer.learning_rate optimizer.eps "
+        "parallel.timeout_s",
+    ),
+    (
+        "at least 0 and below 1",
+        lambda value: 0 <= value < 1,
+        "lora.dropout data.val_fraction scheduler.warmup_ratio",
+    ),
+    ("from 0 to 1", lambda value: 0 <= value <= 1, "data.max_invalid_fraction scheduler.min_lr_ratio"),
+    ("-1 (all layers) or at least 1", lambda value: value == -1 or value >= 1, "lora.num_layers"),
+    # numpy, MLX and the tokenizers all take 32 bits.
+    ("from 0 to 4294967295", lambda value: 0 <= value < 2**32, "seed"),
+)
+
+
+def check(config: Config) -> list[Problem]:
+    """Every rule that `config` breaks, in no special order; empty when it can be used.
+
+    A rule about several values is left out while one of them breaks a rule of its own.
+    """
+    alone = [*_not_finite(config, ""), *_out_of_range(config)]
+    # A number that is not finite breaks most ranges too: one message is enough.
+    alone = list({problem.key: problem for problem in reversed(alone)}.values())
+    bad = {problem.key for problem in alone}
+    together = [*_model(config), *_data(config.data), *_step(config), *_parallel(config.parallel), *_pairs(config)]
+    return alone + [problem for problem in together if bad.isdisjoint((problem.key, *problem.others))]
+
+
+def _not_finite(value: object, key: str) -> Iterator[Problem]:
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            yield Problem(key, "must be a finite number; nan and infinity cannot be used")
+        return
+    children: list[tuple[object, object]] = []
+    if is_dataclass(value):
+        children = [(field.name, getattr(value, field.name)) for field in fields(value)]
+    elif isinstance(value, dict):
+        children = list(value.items())
+    elif isinstance(value, tuple | list):
+        children = list(enumerate(value))
+    for name, child in children:
+        yield from _not_finite(child, f"{key}.{name}" if key else str(name))
+
+
+def _out_of_range(config: Config) -> Iterator[Problem]:
+    for rule, holds, keys in _RULES:
+        for key in keys.split():
+            value = _get(config, key)
+            if value is not None and not holds(value):
+                default = _get(Config(), key)
+                works = "leave it out if it is not wanted" if default is None else f"the default is {default}"
+                yield Problem(key, f"must be {rule}; {works}")
+    for index, beta in enumerate(config.optimizer.betas):
+        if not 0 <= beta < 1:
+            yield Problem(f"optimizer.betas.{index}", "must be at least 0 and below 1; the default is [0.9, 0.999]")
+    if config.parallel.nproc < 1:
+        yield Problem("parallel.nproc", "no worker would run; use 1 for a single one, or more")
+
+
+def _get(config: Config, key: str) -> Any:
+    return reduce(getattr, key.split("."), config)
+
+
+def _model(config: Config) -> Iterator[Problem]:
+    model: ModelConfig = config.model
+    both = ("model.path", "model.scratch")
+    if not model.path and model.scratch is None:
+        yield Problem(
+            "model.path",
+            "no model is given; set model.path to a folder or a Hugging Face name, or model.scratch to an architecture",
+            both,
+        )
+    if model.path and model.scratch is not None:
+        yield Problem("model.scratch", "cannot stand beside model.path; remove one of the two", both)
+    if model.revision is not None and not model.path:
+        yield Problem("model.revision", "only means something for model.path; remove it or set model.path", both)
+    if model.scratch is None:
+        return
+    if config.method != "full":
+        rule = "a model from scratch has no stored base that an adapter could be loaded onto; set method: full"
+        yield Problem("method", rule, ("model.scratch",))
+    model_type, vocab_size = model.scratch.get("model_type"), model.scratch.get("vocab_size")
+    if not isinstance(model_type, str) or not model_type:
+        yield Problem("model.scratch.model_type", "must name an architecture of mlx-lm, such as qwen3")
+    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < 1:
+        yield Problem("model.scratch.vocab_size", "must be a whole number above 0, such as 512: the tokens to train")
+
+
+def _data(data: DataConfig) -> Iterator[Problem]:
+    if not data.train:
+        yield Problem("data.train", "no training data are given; set it to a file, a folder or a dataset name")
+    for split, sources in (("train", data.train), ("validation", data.validation)):
+        for index, source in enumerate(sources):
+            key = f"data.{split}.{index}"
+            if not source.path:
+                yield Problem(f"{key}.path", "is missing; set it to a file, a folder or a dataset name")
+            if not source.weight > 0:
+                yield Problem(f"{key}.weight", "must be above 0; to leave the source out, remove it")
+            for theirs, ours in source.roles.items():
+                if ours not in OUR_ROLES:
+                    yield Problem(f"{key}.roles.{theirs}", f"is not a role of ours; use {listed(OUR_ROLES)}")
+    if data.val_fraction and data.validation:
+        yield Problem(
+            "data.val_fraction",
+            "cannot stand beside data.validation; remove one of the two",
+            ("data.validation",),
+        )
+
+
+def _step(config: Config) -> Iterator[Problem]:
+    train, nproc = config.train, config.parallel.nproc
+    if train.micro_batch_size < 1 or train.global_batch_size < 1:
+        return
+    # Larger micro-batches than these are nobody's; the bound keeps a mistyped number from being factored for hours.
+    divisors = [size for size in range(1, min(train.global_batch_size, 4096) + 1) if not train.global_batch_size % size]
+    if train.global_batch_size % train.micro_batch_size:
+        near = sorted(sorted(divisors, key=lambda size: abs(size - train.micro_batch_size))[:8])
+        yield Problem(
+            "train.micro_batch_size",
+            f"must divide train.global_batch_size={train.global_batch_size}; use {listed(near)}",
+            ("train.global_batch_size",),
+        )
+    elif nproc > train.num_microbatches:
+        fitting = [size for size in divisors if train.global_batch_size // size >= nproc]
+        works = (
+            f"train.micro_batch_size={fitting[-1]} or less" if fitting else f"train.global_batch_size={nproc} or more"
+        )
+        yield Problem(
+            "parallel.nproc",
+            f"a step has only {train.num_microbatches} micro-batches (train.global_batch_size="
+            f"{train.global_batch_size} / train.micro_batch_size={train.micro_batch_size}), so a worker would have "
+            f"nothing to do; use {train.num_microbatches} or less, or {works}",
+            ("train.micro_batch_size", "train.global_batch_size"),
+        )
+
+
+def _parallel(parallel: ParallelConfig) -> Iterator[Problem]:
+    nproc = parallel.nproc
+    if isinstance(parallel.share, tuple):
+        if len(parallel.share) != nproc:
+            rule = f"has {len(parallel.share)} weights for parallel.nproc={nproc}; give {nproc}, or even"
+            yield Problem("parallel.share", rule, ("parallel.nproc",))
+        elif min(parallel.share) < 0 or sum(parallel.share) <= 0:
+            yield Problem("parallel.share", "weights must be at least 0 and not all 0; give such weights, or even")
+    if parallel.backend == "native" and nproc > 1:
+        yield Problem(
+            "parallel.nproc",
+            "must be 1 with parallel.backend=native, where mlx.launch starts the workers; "
+            "use mlx.launch -n, or parallel.backend=grpc",
+            ("parallel.backend",),
+        )
+    if parallel.port and not 1024 <= parallel.port <= 65535 - nproc:
+        rule = f"must be 0 (free ports are taken) or from 1024 to {65535 - nproc}, since each worker takes one"
+        yield Problem("parallel.port", f"{rule}; 0 is the default", ("parallel.nproc",))
+
+
+def _pairs(config: Config) -> Iterator[Problem]:
+    lora, scheduler, data = config.lora, config.scheduler, config.data
+    if lora.alpha is not None and lora.scale is not None:
+        rule = f"cannot stand beside lora.alpha={lora.alpha:g}, since scale is alpha / rank; remove one of the two"
+        yield Problem("lora.scale", rule, ("lora.alpha",))
+    if lora.target_modules == ():
+        yield Problem("lora.target_modules", "names no module; give names such as q_proj, or all-linear")
+    if scheduler.warmup_steps is not None and scheduler.warmup_ratio is not None:
+        rule = f"cannot stand beside scheduler.warmup_steps={scheduler.warmup_steps}; remove one of the two"
+        yield Problem("scheduler.warmup_ratio", rule, ("scheduler.warmup_steps",))
+    if config.eval.generate and not data.validation and not data.val_fraction:
+        rule = "needs rows to generate for; set data.validation or data.val_fraction (0.1, say), or leave it out"
+        yield Problem("eval.generate", rule, ("data.validation", "data.val_fraction"))
+    if config.wandb.log_checkpoints and not config.wandb.project:
+        rule = "needs wandb.project, without which Weights & Biases is off; set that, or leave this out"
+        yield Problem("wandb.log_checkpoints", rule, ("wandb.project",))
+
+
+def listed(items: tuple[object, ...] | list[Any]) -> str:
+    """`1, 2 or 4`."""
+    *head, last = map(str, items)
+    return f"{', '.join(head)} or {last}" if head else last

@@ -1,0 +1,207 @@
+"""The configuration as frozen dataclasses. The comment under a field says what it means, its unit and its range.
+
+Plain Python: importing this package must not import MLX, so that configurations can be checked anywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Format = Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str | None = None
+    """Local folder (relative to the YAML file) or Hugging Face name, loaded through mlx-lm."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face model."""
+    trust_remote_code: bool = False
+    """Let the tokenizer run code that comes with the model."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the frozen weights; null keeps what is stored. Whatever is trained is float32."""
+    scratch: dict[str, Any] | None = None
+    """Architecture of a new model, as in a config.json (`model_type`, `hidden_size`, ..., `vocab_size`); its tokenizer
+    is trained from the data. Exactly one of `path` and `scratch` is given."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    rank: int = 8
+    alpha: float | None = None
+    """Update is scaled by alpha / rank. Default 16. Not together with `scale`."""
+    scale: float | None = None
+    """The factor itself, as mlx-lm calls it."""
+    dropout: float = 0.0
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Names inside a layer, such as `self_attn.q_proj` or `q_proj`."""
+    num_layers: int = -1
+    """The last so many layers; -1 means all."""
+
+    @property
+    def effective_scale(self) -> float:
+        """The factor that the update is multiplied by."""
+        if self.scale is not None:
+            return self.scale
+        return (16.0 if self.alpha is None else self.alpha) / self.rank
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    path: str = ""
+    """File (.json, .jsonl, .parquet), folder of such files, or Hugging Face dataset name."""
+    format: Format = "auto"
+    split: str = "train"
+    """Of a Hugging Face dataset."""
+    subset: str | None = None
+    """Configuration name of a Hugging Face dataset."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our column name -> theirs, as in {instruction: question, output: answer}."""
+    roles: dict[str, str] = field(default_factory=dict)
+    """Their role name -> ours (system, user, assistant, tool, function_call)."""
+    weight: float = 1.0
+    """Passes over this source per epoch: 2 shows each row twice, 0.5 shows half of them, then another half."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: tuple[SourceConfig, ...] = ()
+    validation: tuple[SourceConfig, ...] = ()
+    val_fraction: float = 0.0
+    """Share of the training rows held out, chosen by seed. Not together with `validation`."""
+    max_seq_length: int = 2048
+    """In tokens, prompt and answer together."""
+    overlong: Literal["drop", "truncate", "error"] = "drop"
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """Loss on every assistant turn, on the last one only, or on every token."""
+    train_on_eos: bool = True
+    """Loss on the stop token that ends a trained turn."""
+    chat_template: str | None = None
+    """Jinja text, or a file with it; null takes the tokenizer's own."""
+    alpaca_style: Literal["chat", "classic"] = "chat"
+    """`classic` is the prompt of Stanford Alpaca as plain text, for base models."""
+    merge_turns: bool = True
+    """Join neighbouring turns of one role with a blank line; false refuses such rows."""
+    max_invalid_fraction: float = 0.1
+    """The run is refused when a larger share of the rows is invalid."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    global_batch_size: int = 8
+    """Sequences per optimizer step over all workers. Pins the run, whatever the number of workers."""
+    micro_batch_size: int = 4
+    """Sequences that a device holds at a time; must divide `global_batch_size`."""
+    epochs: float = 1.0
+    max_steps: int | None = None
+    """Optimizer steps; wins over `epochs`."""
+    max_grad_norm: float | None = 1.0
+    """Clip by global norm; null does not clip."""
+    gradient_checkpointing: bool = False
+    """Keep a layer's input only and compute the layer again in the backward pass."""
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches per optimizer step over all workers."""
+        return self.global_batch_size // self.micro_batch_size
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: Literal["adamw"] = "adamw"
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    """Decoupled; never on norms and biases."""
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    name: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int | None = None
+    """Linear from 0. Not together with `warmup_ratio`."""
+    warmup_ratio: float | None = None
+    """Share of all steps. Default 0.03 where `warmup_steps` is not given."""
+    min_lr_ratio: float = 0.0
+    """The rate at the end as a share of `optimizer.learning_rate`."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    nproc: int = 1
+    """Workers to start on this machine (`--nproc`)."""
+    backend: Literal["grpc", "native"] = "grpc"
+    """`native` is the group of `mx.distributed`, for a run started by `mlx.launch`; it sums in an order of its own."""
+    share: Literal["even"] | tuple[float, ...] = "even"
+    """How the micro-batches of a step are shared: evenly, or by these weights, one per worker. Does not change the
+    result."""
+    timeout_s: float = 300.0
+    """A worker that another one waits for and that sends nothing for so long is given up."""
+    port: int = 0
+    """Worker r listens on port + r of the loopback interface; 0 takes free ports."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    steps: int | None = None
+    """Evaluate every so many steps; null only at the end."""
+    at_start: bool = False
+    max_examples: int | None = None
+    """Rows used for generation; the loss is always over the full validation set."""
+    generate: bool = False
+    """Generate greedily for validation prompts and report exact match, at the start (`at_start`) and at the end."""
+    max_new_tokens: int = 128
+    num_samples: int = 3
+    """Generated samples to print."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    steps: int | None = 100
+    """Save every so many steps; null only at the end."""
+    save_total_limit: int | None = 3
+    """Newest checkpoints to keep; null keeps all. The best one is kept besides."""
+    keep_best: bool = True
+    """Also save and keep the checkpoint with the lowest validation loss."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    steps: int = 1
+    """Write a metrics line every so many steps."""
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    project: str | None = None
+    """Weights & Biases is off unless this is set."""
+    entity: str | None = None
+    name: str | None = None
+    group: str | None = None
+    mode: Literal["online", "offline", "disabled"] = "online"
+    tags: tuple[str, ...] = ()
+    log_checkpoints: bool = False
+    """Upload checkpoints as artifacts, aliases `latest`, `best` and `step-N`."""
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = ModelConfig()
+    method: Literal["lora", "dora", "full"] = "lora"
+    """What is trained; `full` means everything, embeddings and head too."""
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    wandb: WandbConfig = WandbConfig()
+    seed: int = 0
+    output_dir: Path = Path("runs/default")
+    """Relative to the YAML file, like every path in it."""

@@ -1,0 +1,203 @@
+"""Each rule: a configuration that breaks it, the key that is blamed, and the words that help."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_distributed.config import Config, LoraConfig, ModelConfig, SourceConfig, TrainConfig
+from mlx_distributed.config.checks import check, listed
+
+SCRATCH = {"model_type": "qwen3", "vocab_size": 512}
+GOOD = replace(
+    Config(),
+    model=ModelConfig(path="org/model"),
+    data=replace(Config().data, train=(SourceConfig(path="org/rows"),)),
+)
+
+
+def changed(config: Config, **changes: Any) -> Config:
+    """`config` with `section__key=value` replaced; `method` and `seed` have no section."""
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        config = replace(config, **{section: replace(getattr(config, section), **{name: value}) if name else value})
+    return config
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "words"),
+    [
+        ({"model__path": None}, "model.path", "model.path to a folder or a Hugging Face name, or model.scratch"),
+        ({"model__path": ""}, "model.path", "no model is given"),
+        ({"model__scratch": SCRATCH, "method": "full"}, "model.scratch", "beside model.path; remove one of the two"),
+        ({"model__path": None, "model__scratch": SCRATCH}, "method", "set method: full"),
+        (
+            {"model__path": None, "model__scratch": SCRATCH, "method": "full", "model__revision": "main"},
+            "model.revision",
+            "remove it or set model.path",
+        ),
+        (
+            {"model__path": None, "model__scratch": {"vocab_size": 9}, "method": "full"},
+            "model.scratch.model_type",
+            "such as qwen3",
+        ),
+        (
+            {"model__path": None, "model__scratch": {"model_type": "qwen3"}, "method": "full"},
+            "model.scratch.vocab_size",
+            "such as 512",
+        ),
+        (
+            {"model__path": None, "model__scratch": SCRATCH | {"vocab_size": True}, "method": "full"},
+            "model.scratch.vocab_size",
+            "whole number above 0",
+        ),
+        (
+            {"model__path": None, "model__scratch": SCRATCH | {"rope": {"theta": float("inf")}}, "method": "full"},
+            "model.scratch.rope.theta",
+            "finite",
+        ),
+        ({"lora__alpha": 16.0, "lora__scale": 2.0}, "lora.scale", "lora.alpha=16, since scale is alpha / rank; remove"),
+        ({"lora__alpha": 0.0}, "lora.alpha", "above 0; leave it out"),
+        ({"lora__scale": -1.0}, "lora.scale", "above 0"),
+        ({"lora__rank": 0}, "lora.rank", "at least 1; the default is 8"),
+        ({"lora__dropout": 1.0}, "lora.dropout", "at least 0 and below 1; the default is 0.0"),
+        ({"lora__num_layers": 0}, "lora.num_layers", "-1 (all layers) or at least 1"),
+        ({"lora__target_modules": ()}, "lora.target_modules", "names such as q_proj, or all-linear"),
+        ({"data__train": ()}, "data.train", "set it to a file, a folder or a dataset name"),
+        ({"data__train": (SourceConfig(),)}, "data.train.0.path", "is missing; set it to a file"),
+        ({"data__train": (SourceConfig(path="a", weight=0.0),)}, "data.train.0.weight", "above 0; to leave"),
+        ({"data__train": (SourceConfig(path="a", weight=float("nan")),)}, "data.train.0.weight", "finite"),
+        (
+            {"data__validation": (SourceConfig(path="a", roles={"bot": "gpt"}),)},
+            "data.validation.0.roles.bot",
+            "use system, user, assistant, tool or function_call",
+        ),
+        ({"data__val_fraction": 1.0}, "data.val_fraction", "at least 0 and below 1"),
+        (
+            {"data__val_fraction": 0.1, "data__validation": (SourceConfig(path="a"),)},
+            "data.val_fraction",
+            "beside data.validation; remove one",
+        ),
+        ({"data__max_seq_length": 1}, "data.max_seq_length", "at least 2"),
+        ({"data__max_invalid_fraction": 1.1}, "data.max_invalid_fraction", "from 0 to 1; the default is 0.1"),
+        (
+            {"train__micro_batch_size": 3},
+            "train.micro_batch_size",
+            "divide train.global_batch_size=8; use 1, 2, 4 or 8",
+        ),
+        ({"train__micro_batch_size": 0}, "train.micro_batch_size", "at least 1"),
+        ({"train__global_batch_size": 0}, "train.global_batch_size", "at least 1"),
+        ({"train__epochs": 0.0}, "train.epochs", "above 0; the default is 1.0"),
+        ({"train__max_steps": 0}, "train.max_steps", "at least 1"),
+        ({"train__max_grad_norm": 0.0}, "train.max_grad_norm", "above 0"),
+        ({"optimizer__learning_rate": 0.0}, "optimizer.learning_rate", "above 0; the default is 0.0001"),
+        ({"optimizer__learning_rate": float("nan")}, "optimizer.learning_rate", "finite"),
+        ({"optimizer__betas": (0.9, 1.0)}, "optimizer.betas.1", "at least 0 and below 1"),
+        ({"optimizer__eps": 0.0}, "optimizer.eps", "above 0"),
+        ({"optimizer__weight_decay": -0.1}, "optimizer.weight_decay", "at least 0"),
+        (
+            {"scheduler__warmup_steps": 5, "scheduler__warmup_ratio": 0.1},
+            "scheduler.warmup_ratio",
+            "scheduler.warmup_steps=5; remove one",
+        ),
+        ({"scheduler__warmup_steps": -1}, "scheduler.warmup_steps", "at least 0"),
+        ({"scheduler__warmup_ratio": 1.0}, "scheduler.warmup_ratio", "below 1"),
+        ({"scheduler__min_lr_ratio": 2.0}, "scheduler.min_lr_ratio", "from 0 to 1"),
+        ({"parallel__nproc": 0}, "parallel.nproc", "no worker would run; use 1"),
+        (
+            {"parallel__nproc": 3},
+            "parallel.nproc",
+            "only 2 micro-batches (train.global_batch_size=8 / train.micro_batch_size=4), so a worker would have "
+            "nothing to do; use 2 or less, or train.micro_batch_size=2 or less",
+        ),
+        ({"parallel__nproc": 9}, "parallel.nproc", "use 2 or less, or train.global_batch_size=9 or more"),
+        ({"parallel__share": (1.0, 2.0)}, "parallel.share", "2 weights for parallel.nproc=1; give 1, or even"),
+        ({"parallel__nproc": 2, "parallel__share": (-1.0, 2.0)}, "parallel.share", "at least 0 and not all 0"),
+        ({"parallel__nproc": 2, "parallel__share": (0.0, 0.0)}, "parallel.share", "not all 0"),
+        ({"parallel__nproc": 2, "parallel__share": (1.0, float("inf"))}, "parallel.share.1", "finite"),
+        ({"parallel__nproc": 2, "parallel__backend": "native"}, "parallel.nproc", "use mlx.launch -n, or"),
+        ({"parallel__timeout_s": 0.0}, "parallel.timeout_s", "above 0; the default is 300.0"),
+        ({"parallel__port": 80}, "parallel.port", "0 (free ports are taken) or from 1024 to 65534"),
+        ({"parallel__port": 65534, "parallel__nproc": 2}, "parallel.port", "to 65533"),
+        ({"eval__steps": 0}, "eval.steps", "at least 1; leave it out"),
+        ({"eval__max_examples": 0}, "eval.max_examples", "at least 1"),
+        ({"eval__max_new_tokens": 0}, "eval.max_new_tokens", "at least 1"),
+        ({"eval__num_samples": -1}, "eval.num_samples", "at least 0"),
+        ({"eval__generate": True}, "eval.generate", "set data.validation or data.val_fraction"),
+        ({"checkpoint__steps": 0}, "checkpoint.steps", "at least 1; the default is 100"),
+        ({"checkpoint__save_total_limit": 0}, "checkpoint.save_total_limit", "at least 1"),
+        ({"logging__steps": 0}, "logging.steps", "at least 1"),
+        ({"wandb__log_checkpoints": True}, "wandb.log_checkpoints", "needs wandb.project"),
+        ({"seed": -1}, "seed", "from 0 to 4294967295"),
+    ],
+)
+def test_broken_rule(changes: dict[str, Any], key: str, words: str) -> None:
+    [problem] = check(changed(GOOD, **changes))
+    assert problem.key == key
+    assert words in problem.message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"model__path": None, "model__scratch": SCRATCH, "method": "full"},
+        {"method": "full", "lora__dropout": 0.5},
+        {"model__revision": "main", "lora__scale": 2.0, "lora__num_layers": 4},
+        {"data__val_fraction": 0.1, "eval__generate": True, "eval__num_samples": 0},
+        {"data__validation": (SourceConfig(path="a", roles={"no": "user"}),), "eval__generate": True},
+        {"data__max_invalid_fraction": 1.0, "data__max_seq_length": 2},
+        {"train__max_grad_norm": None, "optimizer__betas": (0.0, 0.0), "optimizer__weight_decay": 0.0},
+        {"parallel__nproc": 2, "parallel__share": (0.0, 3.0), "parallel__port": 65533},
+        {"parallel__backend": "native", "parallel__port": 1024},
+        {"checkpoint__steps": None, "checkpoint__save_total_limit": None, "checkpoint__keep_best": True},
+        {"wandb__project": "p", "wandb__log_checkpoints": True, "scheduler__warmup_ratio": 0.0},
+    ],
+)
+def test_kept_rules(changes: dict[str, Any]) -> None:
+    assert check(changed(GOOD, **changes)) == []
+
+
+def test_rule_about_two_values_waits_for_the_rules_about_each() -> None:
+    [problem] = check(changed(GOOD, lora__alpha=0.0, lora__scale=1.0))
+    assert problem.key == "lora.alpha"
+
+
+@given(st.integers(1, 10**15), st.integers(1, 10**15), st.integers(1, 20))
+def test_named_batch_sizes_work(global_batch_size: int, micro_batch_size: int, nproc: int) -> None:
+    config = changed(
+        GOOD,
+        train__global_batch_size=global_batch_size,
+        train__micro_batch_size=micro_batch_size,
+        parallel__nproc=nproc,
+    )
+    for problem in check(config):
+        words = problem.message.rpartition("; use ")[2].replace(",", "").split()
+        if problem.key == "train.micro_batch_size":
+            remedies = [{"train__micro_batch_size": int(word)} for word in words if word.isdecimal()]
+        else:
+            section, _, value = next(word for word in words if "=" in word).partition("=")
+            remedies = [{section.replace(".", "__"): int(value), "parallel__nproc": nproc}]
+        for remedy in remedies:
+            left = {found.key for found in check(changed(config, **remedy))}
+            assert problem.key not in left
+
+
+@pytest.mark.parametrize(
+    ("lora", "scale"),
+    [(LoraConfig(), 2.0), (LoraConfig(rank=4, alpha=2.0), 0.5), (LoraConfig(rank=4, scale=20.0), 20.0)],
+)
+def test_effective_scale(lora: LoraConfig, scale: float) -> None:
+    assert lora.effective_scale == scale
+
+
+def test_num_microbatches() -> None:
+    assert TrainConfig(global_batch_size=12, micro_batch_size=4).num_microbatches == 3
+
+
+def test_listed() -> None:
+    assert [listed((1,)), listed((1, 2)), listed([1, 2, 3])] == ["1", "1 or 2", "1, 2 or 3"]
