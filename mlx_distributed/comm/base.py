@@ -1,0 +1,113 @@
+"""`Communicator`: one group of ranks, one generation. And `LocalComm`, the group of one.
+
+What every implementation promises: evaluated arrays in, new arrays out; a call blocks, but never past its deadline; the
+only error raised is `CommError`, after which the communicator is dead and every call raises at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+import mlx.core as mx
+
+from mlx_distributed.comm.buckets import Bucket, BucketLayout
+from mlx_distributed.comm.tree_sum import Node, TreeSum
+
+Parts = Mapping[Node, Bucket]
+"""The partial sums that a rank holds of one bucket, by node of the summation tree."""
+
+
+class Communicator(Protocol):
+    """One group of ranks. `what` says in words what a call is for, and stands in the error."""
+
+    rank: int
+    size: int
+    generation: int
+
+    def all_reduce(
+        self, layout: Sequence[BucketLayout], num_leaves: int, buckets: Iterable[Parts], what: str
+    ) -> list[Bucket]:
+        """The canonical sum of the partial sums that all ranks hold.
+
+        Args:
+            layout: of the buckets, the same on every rank.
+            num_leaves: leaves of the summation tree. Over all ranks the nodes must cover each leaf exactly once; a
+                rank may hold none.
+            buckets: this rank's parts of each bucket in the order of `layout`, consumed one by one: a bucket is on its
+                way while the iterable works on the next, so give a generator that computes.
+
+        Returns:
+            The summed buckets, the same bits on every rank.
+        """
+        ...
+
+    def all_gather(self, array: mx.array, what: str) -> list[mx.array]:
+        """The arrays of all ranks, in rank order; shapes may differ."""
+        ...
+
+    def broadcast(self, array: mx.array | None, root: int, what: str) -> mx.array:
+        """The array of rank `root`; what the others give is not looked at."""
+        ...
+
+    def send(self, array: mx.array, peer: int, tag: int, what: str) -> None:
+        """Hand an array over to the transport for `peer`; returns before it arrives."""
+        ...
+
+    def recv(self, peer: int, tag: int, what: str) -> mx.array:
+        """The next array that `peer` sent with this tag."""
+        ...
+
+    def barrier(self, what: str) -> None:
+        """Return when every rank has called this."""
+        ...
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Finish what is owed to the peers, then leave the group. With `error`, tell them why instead."""
+        ...
+
+
+def add_buckets(left: Bucket, right: Bucket) -> Bucket:
+    """Elementwise sum, as `TreeSum` wants it."""
+    return [a + b for a, b in zip(left, right, strict=True)]
+
+
+def finish_tree(parts: Parts, num_leaves: int) -> Bucket:
+    """The total of parts that cover every leaf."""
+    tree: TreeSum[Bucket] = TreeSum(num_leaves, add_buckets)
+    for node, bucket in parts.items():
+        tree.put(node, bucket)
+    return tree.total
+
+
+class LocalComm:
+    """The group of one: the tree is finished in place, and no byte moves."""
+
+    rank = 0
+    size = 1
+    generation = 0
+
+    def all_reduce(
+        self, layout: Sequence[BucketLayout], num_leaves: int, buckets: Iterable[Parts], what: str
+    ) -> list[Bucket]:
+        return [finish_tree(parts, num_leaves) for parts in buckets]
+
+    def all_gather(self, array: mx.array, what: str) -> list[mx.array]:
+        return [array]
+
+    def broadcast(self, array: mx.array | None, root: int, what: str) -> mx.array:
+        assert array is not None
+        assert root == 0
+        return array
+
+    def send(self, array: mx.array, peer: int, tag: int, what: str) -> None:
+        raise AssertionError("a group of one has nobody to send to")
+
+    def recv(self, peer: int, tag: int, what: str) -> mx.array:
+        raise AssertionError("a group of one has nobody to receive from")
+
+    def barrier(self, what: str) -> None:
+        pass
+
+    def close(self, error: BaseException | None = None) -> None:
+        pass

@@ -1,0 +1,112 @@
+"""Pytree <-> buckets: named arrays are put together into buckets of one dtype and of bounded size.
+
+A bucket is what travels at a time. Buckets are ordered as the backward pass finishes them, from the last layer to the
+first, so that the first can leave while the others are still being computed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+BUCKET_BYTES = 4 << 20
+"""2-8 MB hid most of the communication behind the backward pass when measured; larger ones start too late."""
+
+Bucket = list[mx.array]
+"""The arrays of one bucket, in the order of its `Layout`."""
+
+# MLX has no bfloat16 in numpy and sums travel in full precision, so a bucket holds one of these.
+NUMPY_DTYPES: dict[mx.Dtype, type[np.generic]] = {
+    mx.float32: np.float32,
+    mx.int32: np.int32,
+    mx.int64: np.int64,
+}
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """Name and shape of one array."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class BucketLayout:
+    """The arrays of one bucket: all of one dtype, laid out one after the other."""
+
+    leaves: tuple[Leaf, ...]
+    dtype: mx.Dtype
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return sum(leaf.size for leaf in self.leaves)
+
+    def pack(self, arrays: Bucket) -> np.ndarray:
+        """Copy evaluated arrays into one flat host buffer of `size` elements."""
+        return np.concatenate([np.asarray(array).reshape(-1) for array in arrays])
+
+    def unpack(self, flat: np.ndarray) -> Bucket:
+        """Flat host buffer of `size` elements -> new arrays of their shapes."""
+        stops = np.cumsum([leaf.size for leaf in self.leaves])
+        return [
+            mx.array(flat[stop - leaf.size : stop].reshape(leaf.shape))
+            for leaf, stop in zip(self.leaves, stops, strict=True)
+        ]
+
+
+def backward_order(names: Sequence[str]) -> list[str]:
+    """Names in the order in which their gradients become ready: head and final norm, layers from the last, embeddings.
+
+    Only speed depends on this order; every rank must use the same one, and it depends on the names alone.
+    """
+
+    def key(name: str) -> tuple[int, int, str]:
+        layer = re.search(r"\blayers\.(\d+)\.", name)
+        if layer:
+            return (1, -int(layer.group(1)), name)
+        return (2 if "embed" in name else 0, 0, name)
+
+    return sorted(names, key=key)
+
+
+def make_layout(arrays: Mapping[str, mx.array], bucket_bytes: int = BUCKET_BYTES) -> tuple[BucketLayout, ...]:
+    """Group named arrays, in the order given, into buckets of one dtype and of at most `bucket_bytes`.
+
+    An array larger than that gets a bucket of its own.
+    """
+    buckets: list[tuple[list[Leaf], mx.Dtype, int]] = []
+    for name, array in arrays.items():
+        if array.dtype not in NUMPY_DTYPES:
+            raise TypeError(f"{name} is {array.dtype}; sums travel as {', '.join(str(d) for d in NUMPY_DTYPES)}")
+        leaf = Leaf(name, tuple(array.shape))
+        if buckets and buckets[-1][1] == array.dtype and buckets[-1][2] + array.nbytes <= bucket_bytes:
+            leaves, dtype, num_bytes = buckets.pop()
+            buckets.append(([*leaves, leaf], dtype, num_bytes + array.nbytes))
+        else:
+            buckets.append(([leaf], array.dtype, array.nbytes))
+    return tuple(BucketLayout(tuple(leaves), dtype) for leaves, dtype, _ in buckets)
+
+
+def to_buckets(layout: Sequence[BucketLayout], arrays: Mapping[str, mx.array]) -> list[Bucket]:
+    """Named arrays -> buckets."""
+    return [[arrays[leaf.name] for leaf in bucket.leaves] for bucket in layout]
+
+
+def from_buckets(layout: Sequence[BucketLayout], buckets: Sequence[Bucket]) -> dict[str, mx.array]:
+    """Buckets -> named arrays."""
+    return {
+        leaf.name: array
+        for shape, bucket in zip(layout, buckets, strict=True)
+        for leaf, array in zip(shape.leaves, bucket, strict=True)
+    }

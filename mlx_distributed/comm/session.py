@@ -1,0 +1,223 @@
+"""What a rank knows of its group while it is connected: links, the operation under way, messages, the first failure.
+
+Lives in the thread of one asyncio loop and knows no transport: a `Link` reads and writes bytes, and raises
+`ConnectionError` when its stream has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+
+import numpy as np
+
+from mlx_distributed.comm.mailbox import MAX_UNREAD_BYTES, Mailbox
+from mlx_distributed.comm.reduction import Outgoing, Reduction
+from mlx_distributed.comm.tree_sum import Node
+from mlx_distributed.comm.wire import Frame, FrameError, Kind, decode, encode
+from mlx_distributed.errors import CommError
+
+LINGER_S = 0.5
+"""How long a rank that leaves because of a failure waits for its peers to read the reason."""
+
+
+class Link:
+    """The stream to one peer."""
+
+    def __init__(self, read: Callable[[], Awaitable[bytes]], write: Callable[[bytes], Awaitable[None]]) -> None:
+        self.read, self.write = read, write
+        self.queue: asyncio.Queue[Frame | bytes | None] = asyncio.Queue()
+        """To be sent; None ends it."""
+        self.heard_s = time.monotonic()
+        self.left = False
+        """The peer has taken its leave, or is gone."""
+
+
+class Session:
+    """State of one rank in one group; every method runs in the loop's thread.
+
+    Args:
+        rank: of this worker.
+        generation: of the group, for errors.
+        tag: that every frame of the group begins with.
+        timeout_s: a peer that is waited for and sends nothing for so long is given up.
+    """
+
+    def __init__(self, rank: int, generation: int, tag: int, timeout_s: float) -> None:
+        self.rank, self.generation, self.timeout_s = rank, generation, timeout_s
+        self.links: dict[int, Link] = {}
+        self.failure: tuple[int | None, str] | None = None
+        """The rank that caused the first failure, and the reason; the session is dead from then on."""
+        self._tag = tag
+        self._reduction: Reduction | None = None
+        self._op = 0
+        self._mailbox = Mailbox()
+        self._receiving: set[int] = set()
+        self._changed = asyncio.Event()
+
+    def error(self, name: str, start_s: float) -> CommError:
+        """The failure as the error of the operation `name`, begun at `start_s` of the monotonic clock."""
+        assert self.failure is not None
+        peer, reason = self.failure
+        return CommError(name, peer, self.generation, time.monotonic() - start_s, reason)
+
+    def fail(self, peer: int | None, reason: str) -> None:
+        """Record the first failure and tell the peers."""
+        if self.failure is not None:
+            return
+        self.failure = (peer, reason)
+        payload = json.dumps({"peer": self.rank if peer is None else peer, "reason": reason}).encode()
+        for link in self.links.values():
+            while not link.queue.empty():  # Nobody will use what was still to be sent.
+                link.queue.get_nowait()
+            self._leave(link, Frame(Kind.ABORT, payload=payload))
+        self._changed.set()
+
+    def begin(self, reduction: Reduction) -> None:
+        """Start an operation: frames of it are taken in from now on."""
+        self._op, self._reduction = reduction.op, reduction
+        self._changed.set()
+
+    def contribute(self, reduction: Reduction, index: int, parts: Mapping[Node, np.ndarray]) -> None:
+        """Put in this rank's parts of one bucket."""
+        self._guard(lambda: reduction.contribute(index, parts))
+
+    def end(self, reduction: Reduction) -> None:
+        """This rank has no more parts."""
+        self._guard(reduction.end)
+
+    def post(self, outgoing: Iterable[Outgoing]) -> None:
+        """Queue frames for their peers."""
+        made: tuple[bytes | memoryview, bytes] | None = None
+        for peer, frame in outgoing:
+            if self.failure is not None or peer not in self.links:
+                continue
+            item: Frame | bytes = frame
+            if frame.kind is Kind.RESULT:  # The same bytes go to every peer: made once.
+                if made is None or made[0] is not frame.payload:
+                    made = (frame.payload, encode(self._tag, frame))
+                item = made[1]
+            self.links[peer].queue.put_nowait(item)
+
+    async def take(self, peer: int, tag: int, name: str) -> list[bytes | memoryview]:
+        """The chunks of the next message of `peer` with this tag."""
+        self._receiving.add(peer)
+        self._changed.set()
+        await self.wait(name, lambda: self._mailbox.has(peer, tag), lambda: {peer})
+        self._receiving.discard(peer)
+        return self._mailbox.take(peer, tag)
+
+    async def wait(self, name: str, done: Callable[[], bool], waiting_for: Callable[[], set[int]]) -> None:
+        """Wait until `done`.
+
+        Raises:
+            CommError: the session has failed, or a peer that is waited for has left or been silent for `timeout_s`.
+        """
+        start_s = time.monotonic()
+        while not done():
+            if self.failure is not None:
+                raise self.error(name, start_s)
+            left_s = self.timeout_s
+            for peer in sorted(waiting_for()):
+                link = self.links.get(peer)
+                silent_s = time.monotonic() - max(link.heard_s if link else start_s, start_s)
+                left_s = min(left_s, self.timeout_s - silent_s)
+                if link and link.left:
+                    self.fail(peer, "has left the group")
+                elif silent_s >= self.timeout_s:
+                    self.fail(peer, f"sent nothing for {silent_s:.1f} s")
+            if self.failure is None:
+                await self._change(left_s)
+
+    async def carry(self, peer: int, link: Link) -> None:
+        """Read from and write to a peer until both sides have taken their leave, or the stream ends."""
+        self.links[peer] = link
+        self._changed.set()
+        if self.failure is not None:
+            self._leave(link, Frame(Kind.BYE))
+        writer = asyncio.create_task(self._write(link))
+        try:
+            while not link.left:
+                data = await link.read()
+                link.heard_s = time.monotonic()
+                await self._receive(peer, link, decode(self._tag, data))
+        except FrameError as error:
+            self.fail(peer, str(error))
+        except ConnectionError as error:
+            self.fail(peer, f"is gone ({error})")
+        finally:
+            link.left = True
+            self._changed.set()
+            # In peace this takes as long as our own work; after a failure only what it takes to say so.
+            await asyncio.wait([writer], timeout=None if self.failure is None else LINGER_S)
+            writer.cancel()
+
+    async def close(self) -> None:
+        """Say goodbye to every peer and wait until they have done so too."""
+        if self.failure is None:
+            for link in self.links.values():
+                self._leave(link, Frame(Kind.BYE))
+        limit_s = time.monotonic() + (self.timeout_s if self.failure is None else LINGER_S)
+        while not all(link.left for link in self.links.values()) and (left_s := limit_s - time.monotonic()) > 0:
+            await self._change(left_s)
+
+    def _leave(self, link: Link, frame: Frame) -> None:
+        link.queue.put_nowait(frame)
+        link.queue.put_nowait(None)
+
+    def _guard(self, outgoing: Callable[[], Iterable[Outgoing]]) -> None:
+        try:
+            self.post(outgoing())
+        except FrameError as error:
+            self.fail(self.rank, str(error))
+        self._changed.set()
+
+    async def _write(self, link: Link) -> None:
+        while (item := await link.queue.get()) is not None:
+            try:
+                await link.write(item if isinstance(item, bytes) else encode(self._tag, item))
+            except ConnectionError:
+                return  # The reading side of the same stream sees it too, and names the peer.
+
+    async def _receive(self, peer: int, link: Link, frame: Frame) -> None:
+        if frame.kind is Kind.BYE:
+            link.left = True
+        elif frame.kind is Kind.ABORT:
+            link.left = True
+            self._aborted(peer, frame)
+        elif frame.kind is Kind.MESSAGE:
+            await self._until(lambda: self._mailbox.unread_bytes[peer] <= MAX_UNREAD_BYTES or peer in self._receiving)
+            self._mailbox.put(peer, frame)
+        else:
+            # A peer may be one operation ahead. Not reading on until we get there bounds what it can make us hold.
+            await self._until(lambda: self._op >= frame.op)
+            if self._reduction is None or self._reduction.op != frame.op:
+                raise FrameError(f"sent a frame of operation {frame.op}, and this is operation {self._op}")
+            self.post(self._reduction.receive(peer, frame))
+            if self._reduction.done:
+                self._reduction = None
+        self._changed.set()
+
+    def _aborted(self, peer: int, frame: Frame) -> None:
+        try:
+            said = json.loads(bytes(frame.payload))
+            culprit, reason = int(said["peer"]), str(said["reason"])[:2000]
+        except (ValueError, TypeError, KeyError):
+            raise FrameError("left without a reason") from None
+        if culprit == self.rank:
+            culprit, reason = peer, f"gave this worker up: {reason}"
+        self.fail(culprit, reason)
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition() and self.failure is None:
+            await self._change(None)
+
+    async def _change(self, timeout_s: float | None) -> None:
+        """Until something has happened: a frame, a loss, a call of ours."""
+        self._changed.clear()
+        try:
+            await asyncio.wait_for(self._changed.wait(), timeout_s)
+        except TimeoutError:
+            return
