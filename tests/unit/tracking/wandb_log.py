@@ -1,0 +1,73 @@
+"""Reads what wandb writes when it is offline: `run-<id>.wandb`, a 7-byte header, then the log format of LevelDB."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wandb.proto import wandb_internal_pb2
+
+FILE_HEADER_BYTES = 7
+BLOCK_BYTES = 32768
+CHUNK_HEADER = struct.Struct(
+    "<IHB"
+)  # checksum, length, and 1 for a whole record, 2, 3, 4 for its first, middle, last part
+WHOLE, LAST = 1, 4
+
+
+@dataclass
+class WandbRun:
+    """One `.wandb` file. `history` holds the logged rows without wandb's own columns, whose names begin with `_`."""
+
+    run: Any = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    artifacts: list[Any] = field(default_factory=list)
+    metrics: list[Any] = field(default_factory=list)
+    exit_code: int | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {item.key: json.loads(item.value_json) for item in self.run.config.update if item.key != "_wandb"}
+
+
+def read_runs(folder: Path) -> list[WandbRun]:
+    """The offline runs in `folder`, in the order in which they were written."""
+    return [_read(path) for path in sorted(folder.glob("offline-run-*/*.wandb"))]
+
+
+def _read(path: Path) -> WandbRun:
+    read = WandbRun()
+    for record in _records(path.read_bytes()):
+        match record.WhichOneof("record_type"):
+            case "run":
+                read.run = record.run
+            case "history":
+                row = {"/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+                read.history.append({name: value for name, value in row.items() if not name.startswith("_")})
+            case "artifact":
+                read.artifacts.append(record.artifact)
+            case "metric":
+                read.metrics.append(record.metric)
+            case "exit":
+                read.exit_code = record.exit.exit_code
+    return read
+
+
+def _records(data: bytes) -> Iterator[Any]:
+    position, parts = FILE_HEADER_BYTES, b""
+    while position + CHUNK_HEADER.size <= len(data):
+        room = BLOCK_BYTES - position % BLOCK_BYTES
+        if room < CHUNK_HEADER.size:
+            position += room
+            continue
+        _, length, kind = CHUNK_HEADER.unpack_from(data, position)
+        position += CHUNK_HEADER.size
+        parts += data[position : position + length]
+        position += length
+        if kind in (WHOLE, LAST):
+            yield wandb_internal_pb2.Record.FromString(parts)
+            parts = b""
