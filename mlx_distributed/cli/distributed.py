@@ -1,0 +1,65 @@
+"""`mlx-distributed`: what there is to do besides training."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlx_distributed.cli.errors import run
+
+EPILOG = """\
+example:
+  mlx-distributed digest outputs/quickstart
+
+`mlx-distributed VERB --help` says more about a verb.
+"""
+DIGEST_EPILOG = """\
+examples:
+  mlx-distributed digest outputs/quickstart
+  mlx-distributed digest outputs/quickstart/checkpoints/step-00000100
+
+exit status: 0 done; 1 there is no whole checkpoint; 2 a newer program wrote it
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `mlx-distributed`."""
+    parser = argparse.ArgumentParser(
+        prog="mlx-distributed",
+        description="Tools around distributed fine-tuning.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    digest = verbs.add_parser(
+        "digest",
+        help="print the SHA-256 of the state in a checkpoint",
+        description="Print two lines, the SHA-256 of the parameters and of the optimizer state: equal for equal bits.",
+        epilog=DIGEST_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    digest.add_argument(
+        "path", type=Path, metavar="PATH", help="a checkpoint, or an output_dir, whose newest whole one is taken"
+    )
+    digest.add_argument("--debug", action="store_true", help="print tracebacks")
+    digest.set_defaults(body=_digest)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    args = parser().parse_args(argv)
+    return run(lambda: args.body(args), args.debug)
+
+
+def _digest(args: argparse.Namespace) -> int:
+    # These import mlx-lm, which takes seconds: `--help` and a mistyped verb need not wait for it.
+    from mlx_distributed.train.checkpoint import locate
+    from mlx_distributed.train.state import digest
+
+    parameters, optimizer = locate(args.path, lambda message: print(message, file=sys.stderr)).load()
+    print(f"{digest(parameters)}  params")
+    print(f"{digest(optimizer)}  optimizer")
+    return 0

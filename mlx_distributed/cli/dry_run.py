@@ -1,0 +1,22 @@
+"""`mlx-train --dry-run`: everything that can be refused is, and nothing is written."""
+
+from __future__ import annotations
+
+from mlx_distributed.cli.load import load_all
+from mlx_distributed.comm.base import LocalComm
+from mlx_distributed.config import Config
+from mlx_distributed.parallel.data import rank_weights, share
+
+
+def dry_run(config: Config) -> int:
+    """Load data and model as a run would, and print what it would do; returns the exit status."""
+    loaded = load_all(config, LocalComm())
+    plan = loaded.plan
+    ranges = share(plan.num_microbatches, rank_weights(config.parallel.share, config.parallel.nproc))
+    for line in loaded.rows.report.lines():
+        print(line)
+    print(f"{plan.num_steps} steps of {plan.global_batch_size} rows, {plan.steps_per_epoch} steps per epoch")
+    for rank, (start, stop) in enumerate(ranges):
+        print(f"worker {rank}: {stop - start} of the {plan.num_microbatches} micro-batches of a step")
+    print("the configuration and the data are fine; run again without --dry-run to train")
+    return 0

@@ -1,0 +1,90 @@
+"""What a run trains, and on what: data, tokenizer, model and plan, the same on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.nn as nn
+
+from mlx_distributed.comm.base import Communicator
+from mlx_distributed.config import Config
+from mlx_distributed.data.plan import Plan
+from mlx_distributed.data.sources import Corpus, read_corpus
+from mlx_distributed.data.tokenize import TokenizedCorpus, tokenize_corpus
+from mlx_distributed.models import (
+    build_scratch,
+    checkpoint_layers,
+    fingerprint,
+    load,
+    prepare,
+    train_tokenizer,
+    wrap_tokenizer,
+)
+from mlx_distributed.models.upstream import TokenizerWrapper
+from mlx_distributed.train.agreement import broadcast_bytes, check_same
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Ready to train."""
+
+    model: nn.Module
+    tokenizer: TokenizerWrapper
+    architecture: Mapping[str, Any]
+    """As in config.json."""
+    rows: TokenizedCorpus
+    plan: Plan
+    facts: Mapping[str, str]
+    """What decides the result: must be the same on every rank, and when the run is resumed."""
+
+
+def load_all(config: Config, comm: Communicator) -> Loaded:
+    """Read the data, load or build the model, and make it trainable.
+
+    Raises:
+        ConfigError, DataError: something was refused, or some rank has other data or another model.
+    """
+    corpus = read_corpus(config.data, config.seed)
+    if config.model.scratch is None:
+        model, tokenizer, architecture = load(config.model)
+    else:
+        data = scratch_tokenizer(corpus, config) if comm.rank == 0 else None
+        data = broadcast_bytes(data, comm, "the tokenizer")
+        tokenizer = wrap_tokenizer(data, config.model.scratch["model_type"])
+        model, architecture = build_scratch(config.model.scratch, tokenizer, config.seed)
+    rows = tokenize_corpus(corpus, tokenizer, config.data)
+    prepare(model, config.method, config.lora, config.seed)
+    if config.train.gradient_checkpointing:
+        checkpoint_layers(model)
+    model.train()
+    facts = {
+        "data": rows.digest,
+        "model": fingerprint(model, architecture),
+        "seed": str(config.seed),
+        "train.global_batch_size": str(config.train.global_batch_size),
+        "train.micro_batch_size": str(config.train.micro_batch_size),
+    }
+    check_same(facts, comm)
+    return Loaded(model, tokenizer, architecture, rows, make_plan(config, rows), facts)
+
+
+def scratch_tokenizer(corpus: Corpus, config: Config) -> bytes:
+    """A tokenizer trained on the training rows."""
+    assert config.model.scratch is not None
+    texts = (message.content for row in corpus.train for message in row.messages)
+    return train_tokenizer(texts, config.model.scratch["vocab_size"])
+
+
+def make_plan(config: Config, rows: TokenizedCorpus) -> Plan:
+    """The micro-batches of every step."""
+    return Plan(
+        lengths=[len(row.tokens) for row in rows.train],
+        spans=rows.weights,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        seed=config.seed,
+        epochs=config.train.epochs,
+        max_steps=config.train.max_steps,
+    )

@@ -1,0 +1,185 @@
+"""Several workers on this machine: start them, introduce them to each other, and end together.
+
+The parent never imports MLX. A worker is a fresh process (a fork of a process that has used MLX hangs), in a session of
+its own, so that Ctrl-C reaches the parent alone and is passed on once.
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from mlx_distributed.cli.control import Control
+
+GRACE_S = 30.0
+"""How long rank 0 may take to end after another worker has failed: it saves the last commit."""
+LAST_S = 2.0
+"""How long the others may take to end after rank 0 has."""
+
+OPENBLAS_HINT = (
+    "hint: OpenBLAS is not installed, and the matrix product that comes with MLX for Linux is many times slower; "
+    "on Debian and Ubuntu: apt-get install libopenblas0-pthread"
+)
+
+
+@dataclass
+class Worker:
+    """One started worker."""
+
+    rank: int
+    process: subprocess.Popen[bytes]
+    control: Control
+    error: str | None = None
+    """What it said before it ended."""
+
+    def ending(self) -> str | None:
+        """How it failed, where it could not say so itself."""
+        status = self.process.returncode
+        if self.error is not None or status in (0, 130):
+            return None
+        if status < 0:
+            return f"worker {self.rank} was ended by {signal.Signals(-status).name}"
+        return f"worker {self.rank} ended with status {status}"
+
+
+def find_openblas() -> str | None:
+    """Path or soname of an OpenBLAS that can be preloaded."""
+    for folder in (Path("/usr/lib"), Path("/usr/lib64"), Path("/usr/local/lib")):
+        for pattern in ("*/openblas-pthread/libopenblas.so.0", "*/libopenblas.so.0", "libopenblas.so.0"):
+            for path in sorted(folder.glob(pattern)):
+                return str(path)
+    return ctypes.util.find_library("openblas")
+
+
+def worker_environment(environ: Mapping[str, str], platform: str) -> tuple[dict[str, str], str | None]:
+    """The environment of a worker, and a hint for the user or None. What the user has set is left alone."""
+    env = dict(environ)
+    # One thread of BLAS each: more do not help small models, and workers would take the cores from each other.
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        env.setdefault(name, "1")
+    # Every worker tokenises with threads of its own otherwise.
+    env.setdefault("TOKENIZERS_PARALLELISM", "false")
+    hint = None
+    if platform == "linux" and "LD_PRELOAD" not in env:
+        openblas = find_openblas()
+        if openblas is None:
+            hint = OPENBLAS_HINT
+        else:
+            env["LD_PRELOAD"] = openblas
+    return env, hint
+
+
+class LocalGroup:
+    """The workers of one run on this machine.
+
+    Args:
+        jobs: what each worker is told, in rank order.
+        log_files: where the output of each worker goes; None leaves it on the console.
+        env: environment of the workers.
+    """
+
+    def __init__(
+        self, jobs: Sequence[Mapping[str, Any]], log_files: Sequence[Path | None], env: Mapping[str, str]
+    ) -> None:
+        self.interrupted = False
+        self._workers: list[Worker] = []
+        self._previous = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        for rank, (job, log_file) in enumerate(zip(jobs, log_files, strict=True)):
+            self._workers.append(self._start(rank, log_file, env))
+            self._workers[rank].control.send(**job)
+
+    def run(self) -> int:
+        """Wait for the end of all workers; returns the exit status of the run."""
+        try:
+            self._introduce()
+            self._listen()
+            self._end()
+        finally:
+            for worker in self._workers:
+                if worker.process.poll() is None:
+                    worker.process.kill()
+                    worker.process.wait()
+                worker.control.close()
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
+        return self._report()
+
+    def _start(self, rank: int, log_file: Path | None, env: Mapping[str, str]) -> Worker:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            output = None if log_file is None else log_file.open("ab")
+            process = subprocess.Popen(
+                [sys.executable, "-m", "mlx_distributed.cli.worker", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=None if output is None else subprocess.STDOUT,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+                env=dict(env),
+            )
+            if output is not None:
+                output.close()
+        return Worker(rank, process, Control(ours))
+
+    def _introduce(self) -> None:
+        """Collect the address of every worker and tell all of them all."""
+        addresses = []
+        for worker in self._workers:
+            message = worker.control.receive()
+            if message is None or "address" not in message:
+                worker.error = (message or {}).get("error")
+                return
+            addresses.append(message["address"])
+        for worker in self._workers:
+            worker.control.send(addresses=addresses)
+
+    def _listen(self) -> None:
+        """Until rank 0 has ended, or until it had `GRACE_S` to do so after another one has failed."""
+        failed_s: float | None = None
+        while self._workers[0].process.poll() is None:
+            if failed_s is None and any(worker.process.poll() not in (None, 0) for worker in self._workers):
+                failed_s = time.monotonic()
+            if failed_s is not None and time.monotonic() - failed_s > GRACE_S:
+                return
+            try:
+                self._workers[0].process.wait(timeout=0.1)
+            except subprocess.TimeoutExpired:
+                continue
+
+    def _end(self) -> None:
+        limit_s = time.monotonic() + LAST_S
+        for worker in self._workers:
+            try:
+                worker.process.wait(timeout=max(limit_s - time.monotonic(), 0.0))
+            except subprocess.TimeoutExpired:
+                worker.process.kill()
+                worker.process.wait()
+            while (message := worker.control.receive()) is not None:
+                worker.error = message.get("error", worker.error)
+
+    def _report(self) -> int:
+        """Say on stderr what went wrong, once; returns the exit status."""
+        statuses = [worker.process.returncode for worker in self._workers]
+        errors = [worker.error for worker in self._workers if worker.error]
+        for line in [*errors[:1], *filter(None, (worker.ending() for worker in self._workers))]:
+            print(f"error: {line}", file=sys.stderr)
+        failed = [status for status in statuses if status not in (0, 130)]
+        if failed:
+            return 2 if 2 in failed else 1
+        return 130 if self.interrupted or 130 in statuses else 0
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self.interrupted = True
+        for worker in self._workers:
+            if worker.process.poll() is None:
+                os.kill(worker.process.pid, signal.SIGINT)

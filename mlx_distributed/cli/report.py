@@ -1,0 +1,53 @@
+"""What a run says: the metrics of a step, and the lines at its end."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_distributed.config import Config
+from mlx_distributed.train.evaluation import Sample
+from mlx_distributed.train.trainer import StepInfo
+
+_COMPARED = {"eval/loss": ("held-out loss", "{:.3f}"), "eval/exact_match": ("held-out exact match", "{:.0%}")}
+
+
+def step_metrics(info: StepInfo) -> dict[str, float]:
+    """A line of metrics.jsonl."""
+    return {
+        "train/loss": info.loss,
+        "train/num_tokens": info.num_tokens,
+        "train/learning_rate": info.learning_rate,
+        "train/grad_norm": info.grad_norm,
+        "perf/tokens_per_s": info.num_tokens / info.step_s,
+        "perf/step_s": info.step_s,
+        "perf/comm_s": info.comm_s,
+        "perf/peak_memory_bytes": mx.get_peak_memory(),
+    }
+
+
+def comparison(before: Mapping[str, float], after: Mapping[str, float]) -> Iterator[str]:
+    """One line per figure: before -> after."""
+    for key, (name, pattern) in _COMPARED.items():
+        if key in after:
+            was = f"{pattern.format(before[key])} -> " if key in before else ""
+            yield f"{name}: {was}{pattern.format(after[key])}"
+
+
+def sample_lines(samples: Sequence[Sample]) -> Iterator[str]:
+    """Generated answers beside those in the data."""
+    for sample in samples:
+        verdict = "as in the data" if sample.exact else f"in the data: {sample.reference.strip()}"
+        yield f"  {sample.prompt.strip()}\n    {sample.generated.strip()}  ({verdict})"
+
+
+def next_steps(config: Config, final: Path, samples: Sequence[Sample]) -> Iterator[str]:
+    """What to run now."""
+    model = f"--model {shlex.quote(str(final))}"
+    if config.method != "full":
+        model = f"--model {shlex.quote(str(config.model.path))} --adapter-path {shlex.quote(str(final))}"
+    yield f"the model is in {final}; try it:"
+    yield f"  uv run mlx_lm.generate {model} --prompt 'Write 324 in words.'"

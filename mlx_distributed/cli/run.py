@@ -1,0 +1,205 @@
+"""One rank of a training run, from its configuration to `final/`: where all the rooms meet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_distributed.cli.interrupt import Interrupt
+from mlx_distributed.cli.load import load_all
+from mlx_distributed.cli.report import comparison, next_steps, sample_lines, step_metrics
+from mlx_distributed.comm.base import Communicator
+from mlx_distributed.config import Config
+from mlx_distributed.errors import CommError
+from mlx_distributed.models import save_final
+from mlx_distributed.parallel.mesh import Mesh
+from mlx_distributed.tracking import ConsoleTracker, Tracker, Trackers, open_tracker
+from mlx_distributed.train.agreement import synchronise
+from mlx_distributed.train.checkpoint import Checkpointer, CheckpointMeta
+from mlx_distributed.train.evaluation import Sample, evaluate_generation, evaluate_loss
+from mlx_distributed.train.hooks import every
+from mlx_distributed.train.state import TrainState
+from mlx_distributed.train.trainer import StepInfo, Trainer, make_optimizer
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one rank is to do."""
+
+    config: Config
+    run_id: str
+    wandb_id: str
+    resume: str | None = None
+    """`auto`, `last`, `best` or the path of a checkpoint; None starts anew."""
+
+
+def train(job: Job, comm: Communicator, interrupt: Interrupt) -> int:
+    """Train as one rank of a group, then leave it; returns the exit status."""
+    if mx.default_device() == mx.cpu:
+        # On the CPU, compiling calls g++ at run time: seconds per kernel, for no more than a few percent.
+        mx.disable_compile()
+    try:
+        status = _Run(job, comm, interrupt).train()
+    except BaseException as error:
+        comm.close(error)
+        raise
+    comm.close()
+    return status
+
+
+class _Run:
+    """A run put together from its parts. Rank 0 saves, tracks and speaks; the state is the same on every rank."""
+
+    def __init__(self, job: Job, comm: Communicator, interrupt: Interrupt) -> None:
+        self.job, self.comm, self.interrupt = job, comm, interrupt
+        config = self.config = job.config
+        self.loaded = load_all(config, comm)
+        self.state = TrainState(self.loaded.model, {})
+        self.state.optimizer = make_optimizer(config).init(self.state.parameters)
+        self.checkpointer = Checkpointer(
+            config.output_dir / "checkpoints", config.checkpoint.save_total_limit, config.checkpoint.keep_best, print
+        )
+        resumed = comm.rank == 0 and job.resume is not None and self._restore(job.resume)
+        synchronise(self.state, comm)
+        self.saved_step = self.state.step if resumed else None
+        self.trackers = self._open_trackers(resumed)
+        self.trainer = Trainer(config, self.loaded.plan, self.loaded.rows.train, lambda: interrupt.requested)
+
+    def train(self) -> int:
+        """Train to the end, or to where somebody wants it to stop; returns the exit status."""
+        self._introduce()
+        before = self._evaluate_at_start()
+        log = every(self.config.logging.steps, self._log)
+        evaluate = every(self.config.eval.steps, self._evaluate)
+        save = every(self.config.checkpoint.steps, self._save)
+        self.interrupt.training = True
+        try:
+            for info in self.trainer.steps(self.state, Mesh(dp=self.comm)):
+                if info.skipped:
+                    self.trackers.message(f"{info.skipped}; the step is skipped")
+                for hook in (log, evaluate, save):
+                    hook(self.state, info)
+                if info.stop_requested:
+                    return self._stop()
+            if not self.state.metrics:
+                self._evaluate(self.state)
+            self._save(self.state)
+        except CommError:
+            self._save(self.state)
+            raise
+        self.interrupt.training = False
+        self._finish(before)
+        return 0
+
+    def _restore(self, which: str) -> bool:
+        """Take over a checkpoint of this run; whether there was one."""
+        checkpoint = self.checkpointer.find(which)
+        if checkpoint is None:
+            print("nothing to resume from: starting at the beginning")
+            return False
+        meta = checkpoint.meta
+        meta.check_facts(self.loaded.facts)
+        parameters, optimizer = checkpoint.load()
+        self.state.restore(parameters, optimizer, meta.step, meta.num_tokens, meta.num_skipped)
+        self.state.metrics = dict(meta.metrics)
+        print(f"resumed from {checkpoint.folder}, step {meta.step}")
+        return True
+
+    def _open_trackers(self, resumed: bool) -> Tracker:
+        """Rank 0 tells people; the console of the others is their log file."""
+        total = self.loaded.plan.num_steps
+        if self.comm.rank:
+            return Trackers([ConsoleTracker(total)])
+        step = self.state.step if resumed else None
+        return open_tracker(self.config, total, self.job.wandb_id, resume_step=step)
+
+    def _introduce(self) -> None:
+        plan, comm = self.loaded.plan, self.comm
+        for line in self.loaded.rows.report.lines():
+            self.trackers.message(line)
+        num_trained = sum(parameter.size for parameter in self.state.parameters.values())
+        self.trackers.message(
+            f"{self.config.method}: {num_trained:,} parameters trained; {plan.num_steps} steps of "
+            f"{plan.global_batch_size} rows in {plan.num_microbatches} micro-batches; {comm.size} workers"
+        )
+
+    def _log(self, state: TrainState, info: StepInfo) -> None:
+        self.trackers.log(step_metrics(info), info.step)
+
+    def _evaluate(self, state: TrainState, info: StepInfo | None = None) -> None:
+        """Loss over the validation rows; a new best one is saved."""
+        rows = self.loaded.rows.validation
+        if not rows:
+            return
+        state.metrics = evaluate_loss(state.model, rows, self.config.train.micro_batch_size, self.comm)
+        self.trackers.log(state.metrics, state.step)
+        if self.config.checkpoint.keep_best and state.step and self._is_best(state):
+            self._save(state)
+
+    def _save(self, state: TrainState, info: StepInfo | None = None) -> None:
+        if self.comm.rank or state.step == self.saved_step:
+            return
+        meta = CheckpointMeta(
+            step=state.step,
+            num_tokens=state.num_tokens,
+            num_skipped=state.num_skipped,
+            run_id=self.job.run_id,
+            wandb_id=self.job.wandb_id,
+            facts=self.loaded.facts,
+            metrics=state.metrics,
+        )
+        aliases = ["latest", f"step-{state.step}", *(["best"] if self._is_best(state) else [])]
+        folder = self.checkpointer.save(state.parameters, state.optimizer, meta)
+        self.saved_step = state.step
+        self.trackers.checkpoint(folder, state.step, aliases)
+
+    def _is_best(self, state: TrainState) -> bool:
+        """Whether the state has been evaluated, with a lower loss than every checkpoint."""
+        best = self.checkpointer.best_metric()
+        return bool(state.metrics) and (best is None or state.metrics["eval/loss"] < best)
+
+    def _stop(self) -> int:
+        self._save(self.state)
+        self.trackers.message(f"interrupted: step {self.state.step} is saved, --resume goes on from there")
+        self.trackers.finish(130)
+        return 130
+
+    def _generate(self) -> tuple[dict[str, float], list[Sample]]:
+        """Exact match of greedy answers to validation prompts, and the answers."""
+        rows = self.loaded.rows.validation[: self.config.eval.max_examples]
+        samples = evaluate_generation(
+            self.state.model, self.loaded.tokenizer, rows, self.config.eval.max_new_tokens, self.comm
+        )
+        metrics = {"eval/exact_match": sum(sample.exact for sample in samples) / len(samples)}
+        self.trackers.log(metrics, self.state.step)
+        return metrics, samples
+
+    def _evaluate_at_start(self) -> dict[str, float]:
+        """The figures that those at the end are compared with."""
+        if not self.config.eval.at_start or self.state.step:
+            return {}
+        self._evaluate(self.state)
+        return self.state.metrics | (self._generate()[0] if self.config.eval.generate else {})
+
+    def _finish(self, before: Mapping[str, float]) -> None:
+        after: dict[str, float] = dict(self.state.metrics)
+        samples: list[Sample] = []
+        if self.config.eval.generate:
+            metrics, samples = self._generate()
+            after |= metrics
+        if self.comm.rank == 0:
+            config, loaded = self.config, self.loaded
+            final = config.output_dir / "final"
+            save_final(
+                final, loaded.model, loaded.tokenizer, loaded.architecture,
+                source=config.model, method=config.method, lora=config.lora,
+            )  # fmt: skip
+            for line in [
+                *comparison(before, after),
+                *sample_lines(samples[: config.eval.num_samples]),
+                *next_steps(config, final, samples),
+            ]:
+                self.trackers.message(line)
+        self.trackers.finish(0)

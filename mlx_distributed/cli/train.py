@@ -1,0 +1,106 @@
+"""`mlx-train`: one YAML file in, a fine-tuned model out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import secrets
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlx_distributed.cli.errors import run as run_and_report
+from mlx_distributed.cli.local import LocalGroup, worker_environment
+from mlx_distributed.cli.output_dir import RunRecord, open_output_dir
+from mlx_distributed.config import Config, load_config, to_yaml
+
+EPILOG = """\
+examples:
+  mlx-train --config configs/quickstart.yaml
+  mlx-train --config my.yaml --nproc 2 optimizer.learning_rate=2e-4 train.max_steps=500
+  mlx-train --config my.yaml --resume
+
+exit status: 0 done; 1 failed while running; 2 the configuration or the data was refused; 130 interrupted, after saving
+"""
+
+_OVERRIDE = re.compile(r"[a-z_0-9]+(\.[A-Za-z_0-9]+)*=")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `mlx-train`."""
+    parser = argparse.ArgumentParser(
+        prog="mlx-train",
+        description="Fine-tune a language model on several workers; the result is that of one.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file of the run")
+    parser.add_argument("--nproc", metavar="N", help="workers to start on this machine (parallel.nproc)")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="WHICH",
+        help="go on from a checkpoint: auto (the default: the newest whole one, else anew), last, best, or a path",
+    )
+    parser.add_argument("--output-dir", metavar="DIR", help="where everything is written (output_dir)")
+    parser.add_argument("--dry-run", action="store_true", help="check configuration and data, print the plan, stop")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--debug", action="store_true", help="print tracebacks")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a value of the file")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    args = parser().parse_intermixed_args(argv)
+    if args.resume is not None and _OVERRIDE.match(args.resume) and not Path(args.resume).exists():
+        args.overrides.insert(0, args.resume)  # `--resume a.b=c`: the value belongs to the next argument
+        args.resume = "auto"
+    return run_and_report(lambda: _train(args), debug=args.debug)
+
+
+def _train(args: argparse.Namespace) -> int:
+    overrides = list(args.overrides)
+    if args.nproc is not None:
+        overrides.append(f"parallel.nproc={args.nproc}")
+    if args.output_dir is not None:
+        overrides.append(f"output_dir={args.output_dir}")
+    config = load_config(args.config, overrides)
+    if args.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    if args.dry_run:
+        from mlx_distributed.cli.dry_run import dry_run
+
+        return dry_run(config)
+    if config.parallel.backend == "native":
+        from mlx_distributed.cli.native import run_native
+
+        return run_native(config, args.resume)
+    record = open_output_dir(config, resume=args.resume is not None)
+    return _run_workers(config, record, args.resume, args.debug)
+
+
+def _run_workers(config: Config, record: RunRecord, resume: str | None, debug: bool) -> int:
+    env, hint = worker_environment(os.environ, sys.platform)
+    if hint:
+        print(hint, file=sys.stderr)
+    secret = secrets.token_hex(16)
+    jobs = [
+        {
+            "config_file": str(record.config_file),
+            "rank": rank,
+            "secret": secret,
+            "run_id": record.run_id,
+            "wandb_id": record.wandb_id,
+            "resume": resume,
+            "debug": debug,
+        }
+        for rank in range(config.parallel.nproc)
+    ]
+    logs = config.output_dir / "logs"
+    logs.mkdir(exist_ok=True)
+    log_files = [None if rank == 0 else logs / f"rank-{rank}.log" for rank in range(config.parallel.nproc)]
+    return LocalGroup(jobs, log_files, env).run()

@@ -1,0 +1,192 @@
+"""Rows and where they stand, read from JSON, JSON Lines, Parquet, folders of these and Hugging Face datasets."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_distributed.config.schema import SourceConfig
+from mlx_distributed.data.formats import fits
+from mlx_distributed.data.messages import Invalid
+from mlx_distributed.errors import DataError
+
+SUFFIXES = (".json", ".jsonl", ".parquet")
+HELD_OUT = {"valid", "validation", "val", "dev", "eval", "test"}
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+_SPACE = re.compile(r"[ \t\r\n]*")
+_DECODER = json.JSONDecoder()
+
+
+@dataclass(frozen=True)
+class Place:
+    file: str
+    line: int
+    """Line where the row begins, from 1; the number of the row in Parquet files and Hugging Face datasets."""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+def read_rows(source: SourceConfig) -> list[tuple[Place, object]]:
+    """Every row of a source, in order; an `Invalid` stands for a line that is not JSON.
+
+    Raises:
+        DataError: missing, unreadable or empty.
+    """
+    path = Path(source.path)
+    if path.is_dir():
+        rows = _read_folder(path, source)
+    elif path.exists():
+        rows = _read_file(path, source)
+    elif path.suffix not in SUFFIXES and _HUB_NAME.fullmatch(source.path):
+        rows = _read_hub(source)
+    else:
+        raise DataError(f"{path}: there is no such file; give a file, a folder or the name of a Hugging Face dataset")
+    if not rows:
+        raise DataError(f"{path} holds no rows; give a file with at least one")
+    return rows
+
+
+def _read_folder(folder: Path, source: SourceConfig) -> list[tuple[Place, object]]:
+    if any((folder / name).exists() for name in ("state.json", "dataset_dict.json")):
+        return _read_saved(folder, source)
+    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+    if not files:
+        raise DataError(f"{folder} holds no {', '.join(SUFFIXES)} file; give a folder with at least one")
+    held_out = [path.name for path in files if path.stem in HELD_OUT]
+    if held_out and any(path.stem == "train" for path in files):
+        raise DataError(
+            f"{folder} holds a train file beside {', '.join(held_out)}, and a folder is read whole; "
+            "name the files one by one under data.train and data.validation"
+        )
+    return [row for path in files for row in _read_file(path, source)]
+
+
+def _read_file(path: Path, source: SourceConfig) -> list[tuple[Place, object]]:
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"{path} is of no known kind; give a {', '.join(SUFFIXES)} file")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    return [(Place(str(path), line), row) for line, row in _parse(text, path, source)]
+
+
+def _parse(text: str, path: Path, source: SourceConfig) -> Iterator[tuple[int, object]]:
+    """The rows of a JSON array, of an object that holds one list of rows, or of JSON lines, each with its line."""
+    start = _skip(text, 0)
+    try:
+        if text.startswith("[", start):
+            yield from _parse_array(text, start, final=True)
+            return
+        if path.suffix == ".json" and start < len(text):
+            row, end = _DECODER.raw_decode(text, start)
+            if _skip(text, end) == len(text):
+                at = None if fits(row, source) else _find_list(text, start, row)
+                yield from [(_line(text, start), row)] if at is None else _parse_array(text, at)
+                return
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno} is not valid JSON ({error.msg}); mend the file") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be parsed as JSON ({error})") from error
+    # Not `splitlines`: it also splits at characters that may stand inside a JSON string, such as U+2028.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield number, Invalid("line is not valid JSON", str(error))
+
+
+def _parse_array(text: str, start: int, *, final: bool = False) -> Iterator[tuple[int, object]]:
+    """The elements of the array that begins at `start`; with `final`, nothing may follow it."""
+    line, counted = 1, 0
+    at = _skip(text, start + 1)
+    closed = text.startswith("]", at)
+    while not closed:
+        line += text.count("\n", counted, at)
+        counted = at
+        row, at = _DECODER.raw_decode(text, at)
+        yield line, row
+        at = _skip(text, at)
+        closed = text.startswith("]", at)
+        if not closed:
+            if not text.startswith(",", at):
+                raise json.JSONDecodeError("expected a comma or ]", text, at)
+            at = _skip(text, at + 1)
+    if final and _skip(text, at + 1) != len(text):
+        raise json.JSONDecodeError("something follows the array", text, at + 1)
+
+
+def _find_list(text: str, start: int, value: Any) -> int | None:
+    """Where the list of rows begins in the object at `start`, if exactly one of its values is one."""
+    if not isinstance(value, dict):
+        return None
+    names = [name for name, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
+    if len(names) != 1:
+        return None
+    found = None
+    at = _skip(text, start + 1)
+    while not text.startswith("}", at):
+        name, at = _DECODER.raw_decode(text, at)
+        at = _skip(text, _skip(text, at) + 1)  # over the colon
+        if name == names[0]:
+            found = at
+        _, at = _DECODER.raw_decode(text, at)
+        at = _skip(text, at)
+        at = _skip(text, at + 1) if text.startswith(",", at) else at
+    return found
+
+
+def _skip(text: str, at: int) -> int:
+    match = _SPACE.match(text, at)
+    assert match is not None  # it also matches nothing
+    return match.end()
+
+
+def _line(text: str, at: int) -> int:
+    return text.count("\n", 0, at) + 1
+
+
+def _read_parquet(path: Path) -> list[tuple[Place, object]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} cannot be read as Parquet: {error}") from error
+    return [(Place(str(path), number), row) for number, row in enumerate(rows, 1)]
+
+
+def _read_saved(folder: Path, source: SourceConfig) -> list[tuple[Place, object]]:
+    import datasets
+
+    try:
+        dataset = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{folder} cannot be read as a saved Hugging Face dataset: {error}") from error
+    if isinstance(dataset, datasets.DatasetDict):
+        if source.split not in dataset:
+            raise DataError(f"{folder} has no split {source.split!r}; set split to one of {', '.join(dataset)}")
+        dataset = dataset[source.split]
+    return [(Place(source.path, number), row) for number, row in enumerate(dataset, 1)]
+
+
+def _read_hub(source: SourceConfig) -> list[tuple[Place, object]]:
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(source.path, name=source.subset, split=source.split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"{source.path} is no file or folder here, and as a Hugging Face dataset (split {source.split!r}, "
+            f"subset {source.subset!r}) it cannot be loaded: {error}"
+        ) from error
+    return [(Place(source.path, number), row) for number, row in enumerate(dataset, 1)]

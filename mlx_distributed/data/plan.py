@@ -1,0 +1,126 @@
+"""Which rows the micro-batches of step t hold: a pure function of (rows' lengths, configuration, seed, t).
+
+Nobody owns data state: the position in the data is the number of the step, and any worker can name any micro-batch.
+Orders come from sorting 64-bit keys that count up, so they depend on no library's shuffle.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import numpy as np
+
+WINDOW_STEPS = 64
+"""Rows are sorted by length within so many global batches. Larger windows save little padding and mix less."""
+
+_EPOCH, _PASS, _MICROBATCH = range(3)  # what a sequence of keys is for
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def random_keys(count: int, *stream: int) -> np.ndarray:
+    """`count` pseudo-random keys, uint64 [count], the same on every machine; key i depends on (stream, i) only.
+
+    SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"), seeded by folding the
+    stream.
+    """
+    state = np.zeros(1, np.uint64)
+    for number in stream:
+        state = _mix(state + np.uint64(_GOLDEN)) ^ np.uint64(number & _MASK)
+    return _mix(_mix(state) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN))
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The micro-batches of every step.
+
+    An epoch draws every row of a source with weight 1 once, and of a source with weight w and n rows the next
+    round(w * n) (at least one) of an endless sequence of shuffled passes, so that weight 0.5 shows the other half in
+    the next epoch. Rows of similar length share a micro-batch, and the micro-batches are shuffled over a window of
+    steps, so that a step mixes lengths. The last step of an epoch may be smaller than the others, and nothing is
+    dropped.
+    """
+
+    lengths: Sequence[int]
+    """Of every row, in tokens."""
+    spans: Sequence[tuple[int, int, float]]
+    """Per source: its first row, the row after its last, and its weight."""
+    global_batch_size: int
+    micro_batch_size: int
+    """Divides `global_batch_size`."""
+    seed: int = 0
+    epochs: float = 1.0
+    max_steps: int | None = None
+    """Wins over `epochs`."""
+
+    @property
+    def num_microbatches(self) -> int:
+        """Of a full step."""
+        return self.global_batch_size // self.micro_batch_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(sum(_num_draws(span) for span in self.spans) / self.global_batch_size)
+
+    @property
+    def num_steps(self) -> int:
+        if self.max_steps is not None:
+            return self.max_steps
+        # Forgives rounding: 1.1 epochs of 10 steps are 11 steps, though 1.1 * 10 > 11 in floating point.
+        return max(1, math.ceil(self.epochs * self.steps_per_epoch - 1e-9))
+
+    def microbatches(self, step: int) -> list[tuple[int, ...]]:
+        """Row numbers of each micro-batch of step `step` (from 0), at most `num_microbatches` of them."""
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        start = step_of_epoch * self.num_microbatches
+        return list(_epoch(self, epoch)[start : start + self.num_microbatches])
+
+
+def _num_draws(span: tuple[int, int, float]) -> int:
+    start, stop, weight = span
+    return max(1, round(weight * (stop - start))) if stop > start else 0
+
+
+def _draws(plan: Plan, source: int, epoch: int) -> np.ndarray:
+    """Row numbers that `source` gives to `epoch`."""
+    start, stop, _ = plan.spans[source]
+    num_rows, num_draws = stop - start, _num_draws(plan.spans[source])
+    if not num_draws:
+        return np.zeros(0, np.int64)
+    first, skip = divmod(epoch * num_draws, num_rows)
+    last = ((epoch + 1) * num_draws - 1) // num_rows
+    passes = [
+        np.argsort(random_keys(num_rows, plan.seed, _PASS, source, n), kind="stable") for n in range(first, last + 1)
+    ]
+    return start + np.concatenate(passes)[skip : skip + num_draws]
+
+
+@lru_cache(maxsize=2)
+def _epoch(plan: Plan, epoch: int) -> list[tuple[int, ...]]:
+    """All micro-batches of an epoch in the order of use."""
+    rows = np.concatenate([_draws(plan, source, epoch) for source in range(len(plan.spans))])
+    rows = rows[np.argsort(random_keys(len(rows), plan.seed, _EPOCH, epoch), kind="stable")]
+    lengths = np.asarray(plan.lengths)[rows]
+    window = WINDOW_STEPS * plan.global_batch_size
+    # The last window takes the rest, since a small window of its own would mix lengths badly.
+    edges = [*range(0, max(len(rows) // window, 1) * window, window), len(rows)]
+    microbatches: list[tuple[int, ...]] = []
+    for start, stop in pairwise(edges):
+        by_length = rows[start:stop][np.argsort(lengths[start:stop], kind="stable")]
+        short = len(by_length) % plan.micro_batch_size
+        full = by_length[short:].reshape(-1, plan.micro_batch_size)
+        order = np.argsort(random_keys(len(full), plan.seed, _MICROBATCH, epoch, start), kind="stable")
+        microbatches += [tuple(row) for row in full[order].tolist()]
+        if short:  # only in the last window, since the others are whole global batches
+            microbatches.append(tuple(by_length[:short].tolist()))
+    return microbatches

@@ -1,0 +1,54 @@
+"""Before the first step: every rank sees the same data and model, and holds the same state."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_distributed.comm.base import Communicator
+from mlx_distributed.errors import DataError
+from mlx_distributed.parallel.adamw import Arrays
+from mlx_distributed.train.state import TrainState
+
+
+def broadcast_bytes(data: bytes | None, comm: Communicator, what: str) -> bytes:
+    """The bytes of rank 0; what the others give is not looked at."""
+    array = None if data is None else mx.array(np.frombuffer(data, np.uint8))
+    return np.asarray(comm.broadcast(array, 0, what)).tobytes()
+
+
+def check_same(facts: Mapping[str, str], comm: Communicator) -> None:
+    """Compare facts, such as the digest of the data, with those of rank 0.
+
+    Raises:
+        DataError: some rank has another value; names the rank and the fact.
+    """
+    mine = mx.array(np.frombuffer(json.dumps(facts).encode(), np.uint8))
+    gathered = comm.all_gather(mine, "what each worker is about to train on")
+    theirs = [json.loads(np.asarray(array).tobytes()) for array in gathered]
+    for rank, other in enumerate(theirs):
+        for name, value in theirs[0].items():
+            if other.get(name) != value:
+                raise DataError(
+                    f"worker {rank} has another {name} than worker 0 ({str(other.get(name))[:16]} and {value[:16]}); "
+                    "every worker must be given the same configuration, data and model"
+                )
+
+
+def synchronise(state: TrainState, comm: Communicator) -> None:
+    """Give every rank the state of rank 0, where some rank has another one. Costs a digest where all are equal."""
+    counters = [state.step, state.num_tokens, state.num_skipped]
+    mine = json.dumps([counters, state.digest()]).encode()
+    digests = [np.asarray(d).tobytes() for d in comm.all_gather(mx.array(np.frombuffer(mine, np.uint8)), "the state")]
+    if all(digest == digests[0] for digest in digests):
+        return
+    counters = json.loads(digests[0])[0]
+    parameters = _broadcast(state.parameters, comm, "the parameters")
+    state.restore(parameters, _broadcast(state.optimizer, comm, "the optimizer's state"), *counters)
+
+
+def _broadcast(arrays: Arrays, comm: Communicator, what: str) -> Arrays:
+    return {name: comm.broadcast(arrays[name], 0, f"{what}, {name}") for name in sorted(arrays)}

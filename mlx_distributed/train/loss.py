@@ -1,0 +1,44 @@
+"""Summed, masked cross-entropy, and the norm of a gradient.
+
+Shapes: B rows, L tokens, V vocabulary. Losses and gradients are sums over label tokens, never means: the one division
+by the number of label tokens of the whole step comes after the reduction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import mlx.core as mx
+import mlx.nn as nn
+
+NORM_BLOCK = 1 << 20
+"""Elements whose squares are summed at once."""
+
+
+def summed_loss(model: nn.Module, tokens: mx.array, loss_mask: mx.array) -> mx.array:
+    """Cross-entropy in nats, summed over the tokens that are targets.
+
+    Args:
+        model: token ids [B, L] -> logits [B, L, V].
+        tokens: int32 [B, L].
+        loss_mask: bool [B, L], true where the token is a target; the first token of a row never is one.
+
+    Returns:
+        float32 scalar.
+    """
+    logits = model(tokens[:, :-1]).astype(mx.float32)
+    losses = nn.losses.cross_entropy(logits, tokens[:, 1:])
+    return mx.where(loss_mask[:, 1:], losses, 0.0).sum()
+
+
+def global_norm(arrays: Iterable[mx.array]) -> mx.array:
+    """The 2-norm of all arrays together, a float32 scalar.
+
+    Squares are summed over fixed blocks of each array, and the sums of the blocks in the order given, so that the bits
+    do not depend on which rank holds what.
+    """
+    sums = []
+    for array in arrays:
+        flat = array.reshape(-1)
+        sums += [mx.square(flat[at : at + NORM_BLOCK]).sum() for at in range(0, flat.size, NORM_BLOCK)]
+    return mx.sqrt(mx.stack(sums).sum())
