@@ -1,8 +1,8 @@
 """One all_reduce as one rank sees it: frames in, frames out, and no transport.
 
 Every rank owns one slice of every bucket. A rank sends each of its partial sums to the owners, slice by slice (PART);
-Every rank owns one slice of every bucket. A rank sends each of its partial sums to the owners, slice by slice (PART); an
-travel as in a ring, in two hops whatever the number of ranks, and the order of addition does not depend on who holds
+an owner adds what comes along the canonical tree (`TreeSum`) and sends the finished slice to all (RESULT). As many
+bytes travel as in a ring, in two hops on any number of ranks, and the order of addition does not depend on who holds
 what.
 """
 

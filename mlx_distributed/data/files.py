@@ -120,8 +120,9 @@ def _parse_array(text: str, start: int, *, final: bool = False) -> Iterator[tupl
             if not text.startswith(",", at):
                 raise json.JSONDecodeError("expected a comma or ]", text, at)
             at = _skip(text, at + 1)
-    if final and _skip(text, at + 1) != len(text):
-        raise json.JSONDecodeError("something follows the array", text, at + 1)
+    end = _skip(text, at + 1)
+    if final and end != len(text):
+        raise json.JSONDecodeError("something follows the array", text, end)
 
 
 def _find_list(text: str, start: int, value: Any) -> int | None:
