@@ -5,6 +5,7 @@ It carries the job, the addresses of the ranks and, at the end, the error. When 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -43,6 +44,11 @@ class Control:
             os._exit(1)
 
         threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+    def hang_up(self) -> None:
+        """Tell the other side that nothing more will come; what it still sends can be received."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         self._file.close()

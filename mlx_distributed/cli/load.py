@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import mlx.nn as nn
@@ -38,6 +38,8 @@ class Loaded:
     plan: Plan
     facts: Mapping[str, str]
     """What decides the result: must be the same on every rank, and when the run is resumed."""
+    example_prompt: str
+    """What the user says first, for people to try the model with."""
 
 
 def load_all(config: Config, comm: Communicator) -> Loaded:
@@ -62,12 +64,13 @@ def load_all(config: Config, comm: Communicator) -> Loaded:
     facts = {
         "data": rows.digest,
         "model": fingerprint(model, architecture),
+        "method": config.method if config.method == "full" else f"{config.method} {asdict(config.lora)}",
         "seed": str(config.seed),
         "train.global_batch_size": str(config.train.global_batch_size),
         "train.micro_batch_size": str(config.train.micro_batch_size),
     }
     check_same(facts, comm)
-    return Loaded(model, tokenizer, architecture, rows, make_plan(config, rows), facts)
+    return Loaded(model, tokenizer, architecture, rows, make_plan(config, rows), facts, example_prompt(corpus))
 
 
 def scratch_tokenizer(corpus: Corpus, config: Config) -> bytes:
@@ -75,6 +78,12 @@ def scratch_tokenizer(corpus: Corpus, config: Config) -> bytes:
     assert config.model.scratch is not None
     texts = (message.content for row in corpus.train for message in row.messages)
     return train_tokenizer(texts, config.model.scratch["vocab_size"])
+
+
+def example_prompt(corpus: Corpus) -> str:
+    """The first thing that a user says in the validation rows, or where there are none in the training rows."""
+    conversation = (corpus.validation or corpus.train)[0]
+    return next((message.content for message in conversation.messages if message.role == "user"), "")
 
 
 def make_plan(config: Config, rows: TokenizedCorpus) -> Plan:

@@ -6,6 +6,7 @@ its own, so that Ctrl-C reaches the parent alone and is passed on once.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes.util
 import os
 import signal
@@ -20,6 +21,8 @@ from types import FrameType
 from typing import Any
 
 from mlx_distributed.cli.control import Control
+from mlx_distributed.cli.errors import INTERRUPTED
+from mlx_distributed.errors import ConfigError
 
 GRACE_S = 30.0
 """How long rank 0 may take to end after another worker has failed: it saves the last commit."""
@@ -39,17 +42,18 @@ class Worker:
     rank: int
     process: subprocess.Popen[bytes]
     control: Control
+    log_file: Path | None
     error: str | None = None
     """What it said before it ended."""
 
     def ending(self) -> str | None:
         """How it failed, where it could not say so itself."""
         status = self.process.returncode
-        if self.error is not None or status in (0, 130):
+        if self.error is not None or status in (0, INTERRUPTED):
             return None
         if status < 0:
             return f"worker {self.rank} was ended by {signal.Signals(-status).name}"
-        return f"worker {self.rank} ended with status {status}"
+        return f"worker {self.rank} ended with status {status}" + (f"; see {self.log_file}" if self.log_file else "")
 
 
 def find_openblas() -> str | None:
@@ -101,8 +105,8 @@ class LocalGroup:
     def run(self) -> int:
         """Wait for the end of all workers; returns the exit status of the run."""
         try:
-            self._introduce()
-            self._listen()
+            if self._introduce():
+                self._wait()
             self._end()
         finally:
             for worker in self._workers:
@@ -129,21 +133,24 @@ class LocalGroup:
             )
             if output is not None:
                 output.close()
-        return Worker(rank, process, Control(ours))
+        return Worker(rank, process, Control(ours), log_file)
 
-    def _introduce(self) -> None:
-        """Collect the address of every worker and tell all of them all."""
+    def _introduce(self) -> bool:
+        """Collect the address of every worker and tell all of them all; whether every worker had one."""
         addresses = []
         for worker in self._workers:
-            message = worker.control.receive()
-            if message is None or "address" not in message:
-                worker.error = (message or {}).get("error")
-                return
+            message = worker.control.receive() or {}
+            worker.error = message.get("error")
+            if "address" not in message:
+                for waiting in self._workers:
+                    waiting.control.hang_up()
+                return False
             addresses.append(message["address"])
         for worker in self._workers:
             worker.control.send(addresses=addresses)
+        return True
 
-    def _listen(self) -> None:
+    def _wait(self) -> None:
         """Until rank 0 has ended, or until it had `GRACE_S` to do so after another one has failed."""
         failed_s: float | None = None
         while self._workers[0].process.poll() is None:
@@ -151,10 +158,8 @@ class LocalGroup:
                 failed_s = time.monotonic()
             if failed_s is not None and time.monotonic() - failed_s > GRACE_S:
                 return
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._workers[0].process.wait(timeout=0.1)
-            except subprocess.TimeoutExpired:
-                continue
 
     def _end(self) -> None:
         limit_s = time.monotonic() + LAST_S
@@ -170,13 +175,14 @@ class LocalGroup:
     def _report(self) -> int:
         """Say on stderr what went wrong, once; returns the exit status."""
         statuses = [worker.process.returncode for worker in self._workers]
-        errors = [worker.error for worker in self._workers if worker.error]
-        for line in [*errors[:1], *filter(None, (worker.ending() for worker in self._workers))]:
+        failed = [status for status in statuses if status not in (0, INTERRUPTED)]
+        if statuses[0] == INTERRUPTED or (self.interrupted and not failed):
+            return INTERRUPTED
+        # All of them say the same, each from where it stands: the first is enough.
+        errors = [worker.error for worker in self._workers if worker.error][:1]
+        for line in [*errors, *filter(None, (worker.ending() for worker in self._workers))]:
             print(f"error: {line}", file=sys.stderr)
-        failed = [status for status in statuses if status not in (0, 130)]
-        if failed:
-            return 2 if 2 in failed else 1
-        return 130 if self.interrupted or 130 in statuses else 0
+        return 0 if not failed else ConfigError.exit_status if ConfigError.exit_status in failed else 1
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self.interrupted = True

@@ -12,6 +12,9 @@ from mlx_distributed.config import Config
 from mlx_distributed.train.evaluation import Sample
 from mlx_distributed.train.trainer import StepInfo
 
+LINE_CHARS = 200
+"""A prompt or an answer that is longer is cut where it is shown."""
+
 _COMPARED = {"eval/loss": ("held-out loss", "{:.3f}"), "eval/exact_match": ("held-out exact match", "{:.0%}")}
 
 
@@ -38,16 +41,21 @@ def comparison(before: Mapping[str, float], after: Mapping[str, float]) -> Itera
 
 
 def sample_lines(samples: Sequence[Sample]) -> Iterator[str]:
-    """Generated answers beside those in the data."""
+    """Generated answers beside those in the data, a line each."""
     for sample in samples:
-        verdict = "as in the data" if sample.exact else f"in the data: {sample.reference.strip()}"
-        yield f"  {sample.prompt.strip()}\n    {sample.generated.strip()}  ({verdict})"
+        verdict = "as in the data" if sample.exact else f"in the data: {_one_line(sample.reference)}"
+        yield f"  {_one_line(sample.prompt)} -> {_one_line(sample.generated)} ({verdict})"
 
 
-def next_steps(config: Config, final: Path, samples: Sequence[Sample]) -> Iterator[str]:
+def next_steps(config: Config, final: Path, prompt: str) -> Iterator[str]:
     """What to run now."""
-    model = f"--model {shlex.quote(str(final))}"
+    model = ["--model", str(final)]
     if config.method != "full":
-        model = f"--model {shlex.quote(str(config.model.path))} --adapter-path {shlex.quote(str(final))}"
+        model = ["--model", str(config.model.path), "--adapter-path", str(final)]
     yield f"the model is in {final}; try it:"
-    yield f"  uv run mlx_lm.generate {model} --prompt 'Write 324 in words.'"
+    yield "  " + shlex.join(["uv", "run", "mlx_lm.generate", *model, "--prompt", prompt])
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= LINE_CHARS else line[: LINE_CHARS - 3] + "..."

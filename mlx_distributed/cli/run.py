@@ -113,7 +113,10 @@ class _Run:
         if self.comm.rank:
             return Trackers([ConsoleTracker(total)])
         step = self.state.step if resumed else None
-        return open_tracker(self.config, total, self.job.wandb_id, resume_step=step)
+        log_file = self.config.output_dir / "logs" / "rank-0.log"
+        log_file.parent.mkdir(exist_ok=True)
+        log = ConsoleTracker(total, log_file.open("a", encoding="utf-8", buffering=1))
+        return Trackers([open_tracker(self.config, total, self.job.wandb_id, resume_step=step), log])
 
     def _introduce(self) -> None:
         plan, comm = self.loaded.plan, self.comm
@@ -199,7 +202,7 @@ class _Run:
             for line in [
                 *comparison(before, after),
                 *sample_lines(samples[: config.eval.num_samples]),
-                *next_steps(config, final, samples),
+                *next_steps(config, final, loaded.example_prompt),
             ]:
                 self.trackers.message(line)
         self.trackers.finish(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -50,13 +51,12 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._given = None if chat_template is None else _load(chat_template)
         self._variables = tokenizer.special_tokens_map
-        added = tokenizer.added_tokens_decoder.values()
         # Not every template ends a turn with the tokenizer's eos; none ends it with the token that begins a text.
-        begin = {tokenizer.bos_token} - {tokenizer.eos_token}
-        self.stop_tokens = _longest_first({str(token) for token in added} | {tokenizer.eos_token or ""} - begin)
+        begin, eos = tokenizer.bos_token, tokenizer.eos_token
+        added = [token for token in tokenizer.added_tokens_decoder.values() if str(token) != begin]
+        self.stop_tokens = _longest_first([*map(str, added), eos])
         """What may stand behind a turn to end it."""
-        special = {str(token) for token in added if token.special}
-        self.special_stop_tokens = _longest_first(special | {tokenizer.eos_token or ""} - begin)
+        self.special_stop_tokens = _longest_first([*(str(token) for token in added if token.special), eos])
         """Those of them that no turn says itself, as it may say ``</tool_call>``."""
 
     @property
@@ -86,8 +86,8 @@ class ChatTemplate:
             raise RenderError(str(error)) from error
 
 
-def _longest_first(tokens: set[str]) -> tuple[str, ...]:
-    return tuple(sorted((token for token in tokens if token.strip()), key=lambda token: (-len(token), token)))
+def _longest_first(tokens: Iterable[str | None]) -> tuple[str, ...]:
+    return tuple(sorted({token for token in tokens if token and token.strip()}, key=lambda token: (-len(token), token)))
 
 
 def _take_blocks(marked: str) -> Rendered:

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from mlx_distributed.data.messages import Conversation, Invalid, Message, ToolCall
+from mlx_distributed.data.spans import lay_out
+from mlx_distributed.data.template import ChatTemplate
+
+Make = Callable[..., PreTrainedTokenizerFast]
+
+CALL = ToolCall("find", {"what": "rice"})
+CALL_TEXT = '<tool_call>\n{"name": "find", "arguments": {"what": "rice"}}\n</tool_call>'
+TOOLS = ({"type": "function", "function": {"name": "find"}},)
+THOUGHT = "<think>\nhm\n</think>\n\n4"
+
+
+def talk(*contents: str | ToolCall | tuple[str, ToolCall], **options: object) -> Conversation:
+    """User and assistant in turn; the answer to a call is a tool's."""
+    messages: list[Message] = []
+    for content in contents:
+        text, calls = content if isinstance(content, tuple) else (content, None)
+        if isinstance(text, ToolCall):
+            text, calls = "", text
+        role = "user" if not messages or messages[-1].role == "assistant" else "assistant"
+        if messages and messages[-1].tool_calls:
+            role = "tool"
+        messages.append(Message(role, text, (calls,) if calls else ()))  # type: ignore[arg-type]
+    return Conversation(tuple(messages), TOOLS if any(message.tool_calls for message in messages) else ())
+
+
+@pytest.fixture
+def said(make_tokenizer: Make, templates: dict[str, str]) -> Callable[..., list[tuple[str, str]] | str]:
+    """What `lay_out` finds: the text and the stop token of every turn, or the reason of a refusal."""
+
+    def find(template: str, *contents: str | ToolCall | tuple[str, ToolCall]) -> list[tuple[str, str]] | str:
+        chat_template = ChatTemplate(make_tokenizer(), templates.get(template, template))
+        layout = lay_out(talk(*contents), chat_template)
+        if isinstance(layout, Invalid):
+            return str(layout)
+        return [
+            (layout.text[span.start : span.end], layout.text[span.end : span.stop].strip()) for span in layout.spans
+        ]
+
+    return find
+
+
+Said = Callable[..., list[tuple[str, str]] | str]
+
+
+@pytest.mark.parametrize(
+    ("template", "stop", "last"),
+    [
+        ("chatml", "<|im_end|>", "<|im_end|>"),
+        ("marked", "<|im_end|>", "<|im_end|>"),
+        ("headers", "<|end|>", "<|end|>"),
+        ("reasoning", "<|im_end|>", "<|im_end|>"),
+        ("tools", "<|im_end|>", "<|im_end|>"),
+        ("strict", "</s>", "</s>"),
+        ("plain", "", ""),
+    ],
+)
+def test_every_turn_and_its_stop_token(said: Said, template: str, stop: str, last: str) -> None:
+    # Turns that repeat each other and the user, so that looking for their text alone would find the wrong place.
+    assert said(template, "yes", "yes", "yes", "no yes", "yes", "yes") == [
+        ("yes", stop),
+        ("no yes", stop),
+        ("yes", last),
+    ]
+
+
+@pytest.mark.parametrize("template", ["chatml", "headers", "marked"])
+def test_white_space_is_as_the_template_leaves_it(said: Said, template: str) -> None:
+    (first, _), (second, _) = said(template, "q", "\n  a \n\n", "q", " b\t")  # type: ignore[misc]
+    if template == "headers":
+        assert (first, second) == ("a", "b")
+    else:
+        assert (first.rstrip(), second.rstrip()) == ("\n  a", " b")
+
+
+def test_reasoning_is_found_where_the_template_keeps_it(said: Said) -> None:
+    end = "<|im_end|>"
+    assert said("reasoning", "q", THOUGHT) == [(THOUGHT, end)]
+    assert said("reasoning", "q", THOUGHT, "q", THOUGHT) == [("4", end), (THOUGHT, end)]
+    assert said("reasoning", "q", THOUGHT, "q", "5", "q", THOUGHT) == [("4", end), ("5", end), (THOUGHT, end)]
+    # Set otherwise than the template sets it: found by rendering with and without the turn.
+    assert said("reasoning", "q", "<think>hm</think>4") == [(THOUGHT, end)]
+    assert said("chatml", "q", THOUGHT, "q", THOUGHT) == [(THOUGHT, end), (THOUGHT, end)]
+
+
+def test_function_calls(said: Said) -> None:
+    end = "<|im_end|>"
+    assert said("reasoning", "q", CALL, "r", "a") == [(CALL_TEXT, end), ("a", end)]
+    assert said("reasoning", "q", ("Look:", CALL), "r", "a", "q", CALL) == [
+        ("Look:\n" + CALL_TEXT, end),
+        ("a", end),
+        (CALL_TEXT, end),
+    ]
+    assert said("tools", "q", CALL, "r", THOUGHT) == [("\n" + CALL_TEXT, end), (THOUGHT, end)]
+    call = '[{"name": "find", "arguments": {"what": "rice"}}]'
+    assert said("strict", "q", CALL, "r", "a", "q", "b", "q", CALL, "r", "c") == [
+        (" [CALLS] " + call, "</s>"),
+        (" a ", "</s>"),
+        (" b ", "</s>"),
+        (" [CALLS] " + call, "</s>"),
+        (" c ", "</s>"),
+    ]
+
+
+def test_a_stop_token_in_the_data_does_not_end_the_turn(said: Said) -> None:
+    assert said("chatml", "q", "a<|im_end|>b", "q", "c<|im_end|>") == [
+        ("a<|im_end|>b", "<|im_end|>"),
+        ("c<|im_end|>", "<|im_end|>"),
+    ]
+    assert said("marked", "q", "c<|im_end|>") == [("c<|im_end|>", "<|im_end|>")]
+
+
+def test_markers_without_the_stop_token_and_around_more_than_the_text(said: Said) -> None:
+    bare = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    assert said(bare + "<|end|>{% else %}{{ m.content }}{% endif %}{% endfor %}", "q", "a") == [("a", "<|end|>")]
+    more = bare.replace("{{ m.content }}", "<think></think>{{ m.content }}<|end|>\n")
+    assert said(more + "{% else %}{{ m.content }}{% endif %}{% endfor %}", "q", "a") == [
+        ("<think></think>a", "<|end|>")
+    ]
+
+
+def test_markers_that_mark_something_else_are_not_used(said: Said) -> None:
+    wrong = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}{% generation %}other{% endgeneration %}"
+    assert said(wrong, "q", "a") == [("a", "<|end|>")]
+
+
+@pytest.mark.parametrize(
+    ("template", "contents", "why"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", ("q", "a"), "refuses the conversation: roles must alternate"),
+        ("chatml", ("q", CALL), "does not show a function call: message 2"),
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", ("q", "abc"), "changes the text"),
+        ("{{ messages[0].content }}", ("q", "a"), "changes the text of an assistant turn: message 2"),
+        ("{% if messages | length < 3 %}{{ raise_exception('short') }}{% endif %}{{ messages[-1].content | upper }}",
+         ("q", "a", "q", "b"), "changes the text"),
+    ],
+)  # fmt: skip
+def test_conversations_whose_turns_cannot_be_found(
+    said: Said, template: str, contents: tuple[str, ...], why: str
+) -> None:
+    assert why in str(said(template, *contents))
