@@ -12,7 +12,7 @@ from mlx_distributed.cli.load import load_all
 from mlx_distributed.cli.report import comparison, next_steps, sample_lines, step_metrics
 from mlx_distributed.comm.base import Communicator
 from mlx_distributed.config import Config
-from mlx_distributed.errors import CommError
+from mlx_distributed.errors import CommError, ConfigError
 from mlx_distributed.models import save_final
 from mlx_distributed.parallel.mesh import Mesh
 from mlx_distributed.tracking import ConsoleTracker, Tracker, Trackers, open_tracker
@@ -37,16 +37,30 @@ class Job:
 
 def train(job: Job, comm: Communicator, interrupt: Interrupt) -> int:
     """Train as one rank of a group, then leave it; returns the exit status."""
-    if mx.default_device() == mx.cpu:
-        # On the CPU, compiling calls g++ at run time: seconds per kernel, for no more than a few percent.
-        mx.disable_compile()
     try:
+        choose_device(job.config.train.device)
         status = _Run(job, comm, interrupt).train()
     except BaseException as error:
         comm.close(error)
         raise
     comm.close()
     return status
+
+
+def choose_device(name: str) -> None:
+    """Make MLX compute on `auto`, `cpu` or `gpu`.
+
+    Raises:
+        ConfigError: there is no GPU.
+    """
+    if name != "auto":
+        try:
+            mx.set_default_device(mx.cpu if name == "cpu" else mx.gpu)
+        except ValueError:
+            raise ConfigError("train.device=gpu: MLX finds no GPU on this machine; use auto or cpu") from None
+    if mx.default_device() == mx.cpu:
+        # On the CPU, compiling calls g++ at run time: seconds per kernel, for no more than a few percent.
+        mx.disable_compile()
 
 
 class _Run:
@@ -63,7 +77,7 @@ class _Run:
         )
         resumed = comm.rank == 0 and job.resume is not None and self._restore(job.resume)
         synchronise(self.state, comm)
-        self.saved_step = self.state.step if resumed else None
+        self.saved = self._savable() if resumed else None
         self.trackers = self._open_trackers(resumed)
         self.trainer = Trainer(config, self.loaded.plan, self.loaded.rows.train, lambda: interrupt.requested)
 
@@ -142,7 +156,7 @@ class _Run:
             self._save(state)
 
     def _save(self, state: TrainState, info: StepInfo | None = None) -> None:
-        if self.comm.rank or state.step == self.saved_step:
+        if self.comm.rank or self.saved == self._savable():
             return
         meta = CheckpointMeta(
             step=state.step,
@@ -155,8 +169,12 @@ class _Run:
         )
         aliases = ["latest", f"step-{state.step}", *(["best"] if self._is_best(state) else [])]
         folder = self.checkpointer.save(state.parameters, state.optimizer, meta)
-        self.saved_step = state.step
+        self.saved = self._savable()
         self.trackers.checkpoint(folder, state.step, aliases)
+
+    def _savable(self) -> tuple[int, dict[str, float]]:
+        """What tells whether there is anything to save that has not been saved."""
+        return self.state.step, self.state.metrics
 
     def _is_best(self, state: TrainState) -> bool:
         """Whether the state has been evaluated, with a lower loss than every checkpoint."""

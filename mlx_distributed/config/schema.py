@@ -99,6 +99,8 @@ class TrainConfig:
     """Optimizer steps; wins over `epochs`."""
     max_grad_norm: float | None = 1.0
     """Clip by global norm; null does not clip."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """What MLX computes on; auto takes its default. The same bits run after run are promised on the CPU."""
     gradient_checkpointing: bool = False
     """Keep a layer's input only and compute the layer again in the backward pass."""
 
