@@ -229,12 +229,14 @@ class GrpcComm:
 
     async def _close(self) -> None:
         await self._session.close()
+        # After a failure the session has lingered already, and whoever waits for the end has waited long enough.
+        grace_s = LINGER_S if self._session.failure is None else 0.0
         if self._dialling:
-            await asyncio.wait(self._dialling, timeout=LINGER_S)
+            await asyncio.wait(self._dialling, timeout=grace_s)
         for task in self._dialling:
             task.cancel()
         await asyncio.gather(*self._dialling, return_exceptions=True)
-        await self._server.stop(grace=LINGER_S)
+        await self._server.stop(grace=grace_s)
 
     def _hello(self) -> pb.Hello:
         return pb.Hello(

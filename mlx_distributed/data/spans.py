@@ -148,12 +148,11 @@ def _by_prefix(
 def _with_stop(text: str, start: int, end: int, message: Message, template: ChatTemplate) -> Span | None:
     """The span of a turn that stands in ``[start, end)`` with or without its stop token; None if it says otherwise."""
     shown = text[start:end].rstrip()
-    token = next((token for token in template.special_stop_tokens if shown.endswith(token)), None)
-    if token is None or message.content.rstrip().endswith(token):
-        return _before_stop(text, start, end, message, template)
-    stop = start + len(shown)
-    span = Span(start, stop - len(token), stop)
-    return span if _says(text[start : span.end], message) else None
+    token = next((token for token in template.special_stop_tokens if shown.endswith(token)), "")
+    if token and _says(shown.removesuffix(token), message):
+        stop = start + len(shown)
+        return Span(start, stop - len(token), stop)
+    return _before_stop(text, start, end, message, template)
 
 
 def _before_stop(text: str, start: int, end: int, message: Message, template: ChatTemplate) -> Span | None:

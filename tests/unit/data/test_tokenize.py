@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedTokenizerFast
@@ -93,15 +93,13 @@ def any_tokenizer(request: pytest.FixtureRequest, make_tokenizer: Make) -> Token
     return make_tokenizer(**options[request.param])
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(conversation=CONVERSATION, limit=st.integers(1, 60))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(conversation=CONVERSATION, limit=st.integers(3, 60))
 @pytest.mark.parametrize("name", STOPS)
 def test_labels_are_the_assistant_turns_with_their_stop_tokens(
     any_tokenizer: Tokenizer, templates: dict[str, str], name: str, conversation: Conversation, limit: int
 ) -> None:
     said = [message.content for message in conversation.messages if message.role == "assistant"]
-    # A text that ends with a stop token of its own is not told from the template's where the template refuses marks.
-    assume(name != "strict" or not any(content.rstrip().endswith((EOS, "</s>")) for content in said))
     data = {"chat_template": templates[name], "max_invalid_fraction": 0.0}
     row = one(conversation, any_tokenizer, **data)
     found = labels(row, any_tokenizer)
@@ -125,7 +123,7 @@ def test_labels_are_the_assistant_turns_with_their_stop_tokens(
     assert not row.loss_mask[start - 1]
     assert read(reference, any_tokenizer).strip() == found[-1].removesuffix(STOPS[name]).strip()
 
-    cut = tokenize([conversation, talk("q", "a")], any_tokenizer, **data, overlong="truncate", max_seq_length=limit)
+    cut = tokenize([conversation, text("a b")], any_tokenizer, **data, overlong="truncate", max_seq_length=limit)
     if row.loss_mask[:limit].any():
         first = cut.train[0]
         np.testing.assert_array_equal(first.tokens, row.tokens[:limit])

@@ -1,0 +1,209 @@
+"""Real runs of the command line: configured, started, watched, ended and compared."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mlx_distributed.cli import distributed
+from mlx_distributed.testing import tiny_model
+
+MLX_TRAIN = Path(sys.executable).with_name("mlx-train")
+
+NUM_STEPS = 20
+CONFIG: dict[str, Any] = {
+    "model": {"path": "tied"},
+    "method": "full",
+    "data": {"train": "rows.jsonl", "val_fraction": 0.1},
+    # Six micro-batches a step; the last step of an epoch has fewer, and one of them is short.
+    "train": {"global_batch_size": 12, "micro_batch_size": 2, "max_steps": NUM_STEPS, "device": "cpu"},
+    "optimizer": {"learning_rate": 5e-3},
+    "checkpoint": {"steps": 5},
+    "output_dir": "out",
+}
+
+
+def write_rows(path: Path, num_rows: int = 50) -> Path:
+    """Conversations of one and two turns, all of another length."""
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(num_rows):
+            turns = [("user", f"Say {i} twice{', please' * (i % 5)}."), ("assistant", f"{i} {i}" + "!" * (i % 7))]
+            if i % 3 == 0:
+                turns += [("user", "And the one after it?"), ("assistant", str(i + 1))]
+            messages = [{"role": role, "content": content} for role, content in turns]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+def write_config(path: Path, **sections: object) -> Path:
+    """`CONFIG` as a file, each of the sections given laid over its own."""
+    config = dict(CONFIG)
+    for name, section in sections.items():
+        old = config.get(name)
+        config[name] = {**old, **section} if isinstance(old, Mapping) and isinstance(section, Mapping) else section
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
+
+
+def write_workspace(folder: Path) -> Path:
+    """A folder with data, a model with tied embeddings, one without, and `CONFIG`, whose path is returned."""
+    write_rows(folder / "rows.jsonl")
+    tiny_model(folder / "tied")
+    tiny_model(folder / "untied", tied=False)
+    return write_config(folder / "config.yaml")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that has ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def error(self) -> str:
+        """What stderr says after "error: ", which stands there once, and without a traceback."""
+        assert "Traceback" not in self.stdout + self.stderr
+        _, *errors = f"\n{self.stderr}".split("\nerror: ")
+        assert len(errors) == 1, self.stderr
+        return errors[0]
+
+
+class Run:
+    """An `mlx-train` that is under way; killed at the end of a `with` if it still is.
+
+    Args:
+        config: file of the run.
+        arguments: further ones of the command line.
+        popen: further ones of `subprocess.Popen`.
+    """
+
+    def __init__(self, config: Path, *arguments: str | Path, **popen: Any) -> None:
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        self._process = subprocess.Popen([MLX_TRAIN, "--config", config, *arguments], **pipes, **popen)
+        self._workers: list[int] = []
+        self._stdout = ""
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self.kill()
+        self.wait()
+
+    def read_until(self, text: str) -> None:
+        """Read the output up to a line that has this text."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._stdout += line
+            if text in line:
+                return
+        raise AssertionError(f"{text!r} never came: {self.wait()}")
+
+    def spin_until(self, condition: Callable[[], object]) -> None:
+        """Wait for something that may last less than a millisecond."""
+        while not condition():
+            assert self._process.poll() is None, self.wait()
+
+    @property
+    def workers(self) -> list[int]:
+        """Process ids in rank order. The first call must come while all of them run."""
+        if not self._workers:
+            self._workers = children(self._process.pid)
+        return self._workers
+
+    def interrupt(self) -> None:
+        """Ctrl-C."""
+        self._process.send_signal(signal.SIGINT)
+
+    def kill_parent(self) -> None:
+        """`kill -9` of `mlx-train` alone."""
+        self._process.kill()
+
+    def kill(self) -> None:
+        """`kill -9` of `mlx-train` and all its workers."""
+        workers = self.workers
+        self._process.kill()
+        for pid in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def wait(self) -> Done:
+        """Wait for the end, which comes when no process of the run is left that could write to its output."""
+        assert self._process.stdout is not None
+        assert self._process.stderr is not None
+        with self._process.stdout, self._process.stderr:
+            self._stdout += self._process.stdout.read()
+            stderr = self._process.stderr.read()
+        return Done(self._process.wait(), self._stdout, stderr)
+
+
+def train(config: Path, *arguments: str | Path, **popen: Any) -> Done:
+    """`mlx-train`, from the beginning to the end."""
+    with Run(config, *arguments, **popen) as run:
+        return run.wait()
+
+
+def children(pid: int) -> list[int]:
+    """Process ids of the direct children, in the order in which they were started."""
+    listed = Path(f"/proc/{pid}/task/{pid}/children")
+    if listed.exists():
+        return [int(child) for child in listed.read_text().split()]
+    table = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    pairs = (map(int, line.split()) for line in table.splitlines())
+    return sorted(child for child, parent in pairs if parent == pid)
+
+
+def ends_within(pid: int, limit_s: float) -> bool:
+    """Wait for the end of any process, not only of a child; whether it came in time."""
+    try:
+        if not hasattr(os, "pidfd_open"):  # macOS
+            watch = select.kevent(pid, select.KQ_FILTER_PROC, select.KQ_EV_ADD, select.KQ_NOTE_EXIT)
+            with contextlib.closing(select.kqueue()) as queue:
+                return bool(queue.control([watch], 1, limit_s))
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([descriptor], [], [], limit_s)[0])
+    finally:
+        os.close(descriptor)
+
+
+def digest(path: Path) -> str:
+    """What `mlx-distributed digest` prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as stdout:
+        assert distributed.main(["digest", str(path)]) == 0
+    return stdout.getvalue()
+
+
+def metrics(output_dir: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl without what differs from machine to machine."""
+    lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [
+        {name: value for name, value in json.loads(line).items() if not name.startswith("perf/")} for line in lines
+    ]
+
+
+def steps(output_dir: Path) -> list[int]:
+    """Steps in metrics.jsonl that were trained."""
+    return [int(line["step"]) for line in metrics(output_dir) if "train/loss" in line]
+
+
+def checkpoints(output_dir: Path) -> Iterator[Path]:
+    """Folders of checkpoints, the oldest first."""
+    yield from sorted((output_dir / "checkpoints").glob("step-*"))
