@@ -101,9 +101,9 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._process.poll() is None:
-            self.kill()
-        self.wait()
+        with self._process:  # closes the pipes and waits
+            if self._process.poll() is None:
+                self.kill()
 
     def read_until(self, text: str) -> None:
         """Read the output up to a line that has this text."""
@@ -146,10 +146,8 @@ class Run:
         """Wait for the end, which comes when no process of the run is left that could write to its output."""
         assert self._process.stdout is not None
         assert self._process.stderr is not None
-        with self._process.stdout, self._process.stderr:
-            self._stdout += self._process.stdout.read()
-            stderr = self._process.stderr.read()
-        return Done(self._process.wait(), self._stdout, stderr)
+        self._stdout += self._process.stdout.read()
+        return Done(self._process.wait(), self._stdout, self._process.stderr.read())
 
 
 def train(config: Path, *arguments: str | Path, **popen: Any) -> Done:

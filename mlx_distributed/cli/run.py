@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_distributed.cli.errors import INTERRUPTED
 from mlx_distributed.cli.interrupt import Interrupt
 from mlx_distributed.cli.load import load_all
 from mlx_distributed.cli.report import comparison, next_steps, sample_lines, step_metrics
@@ -15,7 +16,7 @@ from mlx_distributed.config import Config
 from mlx_distributed.errors import CommError, ConfigError
 from mlx_distributed.models import save_final
 from mlx_distributed.parallel.mesh import Mesh
-from mlx_distributed.tracking import ConsoleTracker, Tracker, Trackers, open_tracker
+from mlx_distributed.tracking import ConsoleTracker, Trackers, open_tracker
 from mlx_distributed.train.agreement import synchronise
 from mlx_distributed.train.checkpoint import Checkpointer, CheckpointMeta
 from mlx_distributed.train.evaluation import Sample, evaluate_generation, evaluate_loss
@@ -83,29 +84,36 @@ class _Run:
 
     def train(self) -> int:
         """Train to the end, or to where somebody wants it to stop; returns the exit status."""
-        self._introduce()
-        before = self._evaluate_at_start()
+        with self.trackers:
+            self._introduce()
+            before = self._evaluate_at_start()
+            self.interrupt.training = True
+            if self._loop():
+                self.trackers.message(f"interrupted: step {self.state.step} is saved, --resume goes on from there")
+                self.trackers.finish(INTERRUPTED)
+                return INTERRUPTED
+            self.interrupt.training = False
+            self._finish(before)
+        return 0
+
+    def _loop(self) -> bool:
+        """All steps and what happens between them, the last state saved; whether somebody stopped it."""
         log = every(self.config.logging.steps, self._log)
         evaluate = every(self.config.eval.steps, self._evaluate)
         save = every(self.config.checkpoint.steps, self._save)
-        self.interrupt.training = True
+        stopped = False
         try:
             for info in self.trainer.steps(self.state, Mesh(dp=self.comm)):
-                if info.skipped:
-                    self.trackers.message(f"{info.skipped}; the step is skipped")
-                for hook in (log, evaluate, save):
+                for hook in (self._warn, log, evaluate, save):
                     hook(self.state, info)
-                if info.stop_requested:
-                    return self._stop()
-            if not self.state.metrics:
+                stopped = info.stop_requested
+            if not stopped and not self.state.metrics:
                 self._evaluate(self.state)
-            self._save(self.state)
         except CommError:
-            self._save(self.state)
+            self._save(self.state)  # The state is that of the last commit, and whole.
             raise
-        self.interrupt.training = False
-        self._finish(before)
-        return 0
+        self._save(self.state)
+        return stopped
 
     def _restore(self, which: str) -> bool:
         """Take over a checkpoint of this run; whether there was one."""
@@ -121,7 +129,7 @@ class _Run:
         print(f"resumed from {checkpoint.folder}, step {meta.step}")
         return True
 
-    def _open_trackers(self, resumed: bool) -> Tracker:
+    def _open_trackers(self, resumed: bool) -> Trackers:
         """Rank 0 tells people; the console of the others is their log file."""
         total = self.loaded.plan.num_steps
         if self.comm.rank:
@@ -142,6 +150,10 @@ class _Run:
             f"{plan.global_batch_size} rows in {plan.num_microbatches} micro-batches; {comm.size} workers"
         )
 
+    def _warn(self, state: TrainState, info: StepInfo) -> None:
+        if info.skipped:
+            self.trackers.message(f"{info.skipped}; the step is skipped")
+
     def _log(self, state: TrainState, info: StepInfo) -> None:
         self.trackers.log(step_metrics(info), info.step)
 
@@ -152,11 +164,11 @@ class _Run:
             return
         state.metrics = evaluate_loss(state.model, rows, self.config.train.micro_batch_size, self.comm)
         self.trackers.log(state.metrics, state.step)
-        if self.config.checkpoint.keep_best and state.step and self._is_best(state):
+        if self.config.checkpoint.keep_best and self._is_best(state):
             self._save(state)
 
     def _save(self, state: TrainState, info: StepInfo | None = None) -> None:
-        if self.comm.rank or self.saved == self._savable():
+        if self.comm.rank or not state.step or self.saved == self._savable():
             return
         meta = CheckpointMeta(
             step=state.step,
@@ -180,12 +192,6 @@ class _Run:
         """Whether the state has been evaluated, with a lower loss than every checkpoint."""
         best = self.checkpointer.best_metric()
         return bool(state.metrics) and (best is None or state.metrics["eval/loss"] < best)
-
-    def _stop(self) -> int:
-        self._save(self.state)
-        self.trackers.message(f"interrupted: step {self.state.step} is saved, --resume goes on from there")
-        self.trackers.finish(130)
-        return 130
 
     def _generate(self) -> tuple[dict[str, float], list[Sample]]:
         """Exact match of greedy answers to validation prompts, and the answers."""
@@ -223,4 +229,3 @@ class _Run:
                 *next_steps(config, final, loaded.example_prompt),
             ]:
                 self.trackers.message(line)
-        self.trackers.finish(0)

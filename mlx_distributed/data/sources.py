@@ -69,15 +69,17 @@ class DataReport:
         return f"{self.reasons}; the first: {'; '.join(self.examples)}"
 
     def lines(self) -> list[str]:
-        lines = [f"{self.num_rows} rows read: {self.num_train} to train on, {self.num_validation} for validation"]
+        lines = [f"rows read: {self.num_rows} ({self.num_train} to train on, {self.num_validation} for validation)"]
         if self.invalid:
-            lines.append(f"{sum(self.invalid.values())} invalid rows skipped: {self.reasons}")
+            lines.append(f"invalid rows skipped: {sum(self.invalid.values())} ({self.reasons})")
             lines += [f"  {example}" for example in self.examples]
-        for count, what in ((self.num_dropped, "dropped"), (self.num_truncated, "truncated")):
+        for count, what in (
+            (self.num_dropped, f"longer than {self.max_seq_length} tokens, dropped"),
+            (self.num_truncated, f"longer than {self.max_seq_length} tokens, truncated"),
+            (self.num_untrainable, "without a trainable token, dropped"),
+        ):
             if count:
-                lines.append(f"{count} rows {what}: longer than {self.max_seq_length} tokens")
-        if self.num_untrainable:
-            lines.append(f"{self.num_untrainable} rows dropped: no trainable token")
+                lines.append(f"rows {what}: {count}")
         return lines
 
     def __str__(self) -> str:

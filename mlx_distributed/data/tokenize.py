@@ -166,11 +166,11 @@ class _Encoder:
 
     def __init__(self, tokenizer: Any, data: DataConfig) -> None:
         self._data = data
-        self._template = ChatTemplate(tokenizer, data.chat_template)
         # mlx-lm's wrapper forwards attributes only, and offsets come from calling the tokenizer.
         self._tokenizer = tokenizer if callable(tokenizer) else tokenizer._tokenizer
         if not self._tokenizer.is_fast:
             raise DataError("the tokenizer tells no offsets; use a model folder that has a tokenizer.json")
+        self._template = ChatTemplate(tokenizer, data.chat_template)
         ids, bare = self._tokenizer("a").input_ids, self._ids("a")
         self._begin = ids[:1] if ids[:1] != bare[:1] and ids[0] == self._tokenizer.bos_token_id else []
 

@@ -33,7 +33,7 @@ def test_sources_keep_their_order_places_and_weights(tmp_path: Path) -> None:
     assert corpus.train_weights == ((0, 2, 1.0), (2, 3, 2.0))
     assert [str(place) for place in corpus.train_places] == [f"{first.path}:1", f"{first.path}:2", f"{second.path}:1"]
     assert str(corpus.validation_places[0]) == f"{held.path}:1"
-    assert str(corpus.report) == "4 rows read: 3 to train on, 1 for validation"
+    assert str(corpus.report) == "rows read: 4 (3 to train on, 1 for validation)"
 
 
 def test_invalid_rows_are_skipped_counted_and_shown(tmp_path: Path) -> None:
@@ -45,8 +45,8 @@ def test_invalid_rows_are_skipped_counted_and_shown(tmp_path: Path) -> None:
     assert corpus.report.invalid == {"empty output": 6, "line is not valid JSON": 1}
     lines = corpus.report.lines()
     assert lines[:2] == [
-        "77 rows read: 70 to train on, 0 for validation",
-        "7 invalid rows skipped: 6 empty output, 1 line is not valid JSON",
+        "rows read: 77 (70 to train on, 0 for validation)",
+        "invalid rows skipped: 7 (6 empty output, 1 line is not valid JSON)",
     ]
     assert lines[2:] == [f"  {source.path}:{line}: empty output" for line in range(71, 76)]
 

@@ -1,0 +1,188 @@
+"""What the benchmarks share: models and rows to train on, timed runs of `mlx-train`, and tables.
+
+A benchmark imports no MLX itself: everything that uses it runs in a fresh process. So the settings below are in force
+before MLX is loaded, nothing is left over from one run to the next, and the peak memory that the system reports for a
+worker is not that of the benchmark (Linux hands the peak of a parent down to its children).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from mlx_distributed.cli.local import worker_environment
+
+P, T = ParamSpec("P"), TypeVar("T")
+
+MODELS: dict[str, dict[str, Any]] = {
+    "10M": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4},
+    "50M": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8},
+}
+"""Qwen3 architectures by the number of parameters that they have with `VOCAB_SIZE` tokens."""
+VOCAB_SIZE = 8192
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """Options of every benchmark; the help is the docstring of the script."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--blas",
+        choices=("auto", "wheel"),
+        default="auto",
+        help="Linux: preload OpenBLAS where it is installed (auto), or use what comes with MLX (wheel)",
+    )
+    return parser
+
+
+@contextmanager
+def workplace(blas: str) -> Iterator[Path]:
+    """A temporary folder, and the settings of `mlx-train`'s workers for every process started from here on."""
+    if blas == "wheel":
+        os.environ["LD_PRELOAD"] = ""
+    environment, hint = worker_environment(os.environ, sys.platform)
+    os.environ.update(environment, HF_HUB_OFFLINE="1")
+    print(hint or "", end="\n" if hint else "")
+    with tempfile.TemporaryDirectory(prefix="mlx-distributed-benchmark-") as folder:
+        yield Path(folder)
+
+
+def print_machine() -> None:
+    """Versions, processor, BLAS and load: what figures must be read with."""
+    packages = ("mlx", "mlx-lm", "mlx-distributed", "grpcio")
+    print(", ".join([f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)]))
+    blas = "Accelerate" if sys.platform == "darwin" else os.environ.get("LD_PRELOAD") or "of the MLX wheel"
+    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
+    print(f"{platform.platform()}, {_processor()}, {os.cpu_count()} cores, load {load}; BLAS {blas}, 1 thread\n")
+
+
+def _processor() -> str:
+    if sys.platform == "darwin":
+        return subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def fresh(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call `function` in a new process and return what it returns."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args, **kwargs).result()
+
+
+def write_rows(file: Path, num_rows: int, num_words: tuple[int, int], seed: int = 0) -> Path:
+    """Alpaca rows of made-up words, whose answers have `num_words` (from, to) of them."""
+    rng = random.Random(seed)
+    syllables = [a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u", "an", "er", "is", "ol", "um")]
+    words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(20000)]
+    rows = [
+        {"instruction": " ".join(rng.choices(words, k=8)), "output": " ".join(rng.choices(words, k=rng.randint(*num_words)))}
+        for _ in range(num_rows)
+    ]
+    file.write_text(json.dumps(rows), encoding="utf-8")
+    return file
+
+
+def build_model(folder: Path, data: Path, size: str) -> Path:
+    """Write a model with random weights and a tokenizer trained on `data`. To be called through `fresh`."""
+    from mlx_distributed.config.schema import DataConfig, LoraConfig, ModelConfig, SourceConfig
+    from mlx_distributed.data.sources import read_corpus
+    from mlx_distributed.models import build_scratch, save_final, train_tokenizer, wrap_tokenizer
+
+    rows = read_corpus(DataConfig(train=(SourceConfig(path=str(data)),)), seed=0).train
+    texts = (message.content for row in rows for message in row.messages)
+    tokenizer = wrap_tokenizer(train_tokenizer(texts, VOCAB_SIZE), "qwen3")
+    model, config = build_scratch({"model_type": "qwen3", **MODELS[size]}, tokenizer, seed=0)
+    save_final(folder, model, tokenizer, config, source=ModelConfig(), method="full", lora=LoraConfig())
+    return folder
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """What a run of `mlx-train` measured."""
+
+    steps: list[dict[str, float]]
+    """Lines of metrics.jsonl, one per step, in order."""
+    peak_rss_bytes: int
+    """Of the largest worker."""
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> Path:
+    """A configuration file in a folder of its own; its run is to be written there too."""
+    folder.mkdir(parents=True)
+    file = folder / "config.yaml"
+    file.write_text(json.dumps({**config, "output_dir": "run"}), encoding="utf-8")  # JSON is YAML
+    return file
+
+
+def mlx_train(config_file: Path, cores: Sequence[int] = ()) -> TrainRun:
+    """Run `mlx-train` to the end.
+
+    Args:
+        config_file: from `write_config`.
+        cores: worker r is kept on the r-th of these (Linux only); empty leaves that to the system.
+    """
+    command = [str(Path(sys.executable).with_name("mlx-train")), "--config", str(config_file)]
+    with (config_file.parent / "output.txt").open("w+", encoding="utf-8") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        pid = 0
+        while not pid:
+            time.sleep(0.1)
+            _pin(process.pid, cores)
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)  # its peak is the largest of its children too
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            output.seek(0)
+            raise SystemExit(f"{' '.join(command)} ended with status {process.returncode}:\n{output.read()}")
+    lines = (config_file.parent / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [line for line in map(json.loads, lines) if "perf/step_s" in line]
+    return TrainRun(steps, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+
+
+def _pin(parent: int, cores: Sequence[int]) -> None:
+    """Keep every thread of each child of a process on the child's core; again and again, as threads are started."""
+    if not cores:
+        return
+    try:
+        children = Path(f"/proc/{parent}/task/{parent}/children").read_text(encoding="utf-8").split()
+        for child, core in zip(children, cores, strict=False):
+            for thread in Path(f"/proc/{child}/task").iterdir():
+                os.sched_setaffinity(int(thread.name), {core})
+    except (FileNotFoundError, ProcessLookupError):
+        return  # it has just ended
+
+
+def interleave(sides: Mapping[str, Callable[[int], T]], num_rounds: int) -> dict[str, list[T]]:
+    """Call every side once per round, one after the other, so that a busy machine is busy for all of them."""
+    results: dict[str, list[T]] = {name: [] for name in sides}
+    for number in range(num_rounds):
+        for name, side in sides.items():
+            results[name].append(side(number))
+    return results
+
+
+def total_s(runs: Sequence[Sequence[float]]) -> float:
+    """Seconds of all steps, each step's being the median of the runs, which did the same steps."""
+    return sum(statistics.median(times) for times in zip(*runs, strict=True))
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A Markdown table with aligned columns."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, ["-" * width for width in widths], *rows]:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
+    print(flush=True)
