@@ -10,7 +10,7 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from mlx_distributed.cli import distributed
+from mlx_distributed.cli.local import OPENBLAS_HINT
 from mlx_distributed.testing import tiny_model
 
 MLX_TRAIN = Path(sys.executable).with_name("mlx-train")
@@ -156,6 +157,17 @@ def train(config: Path, *arguments: str | Path, **popen: Any) -> Done:
         return run.wait()
 
 
+def train_all(config: Path, runs: Mapping[Path, Sequence[str]]) -> None:
+    """Several runs at once, since most of a short one is its start: output_dir -> arguments. All must succeed."""
+    with contextlib.ExitStack() as stack:
+        started = [
+            stack.enter_context(Run(config, *arguments, "--output-dir", folder)) for folder, arguments in runs.items()
+        ]
+        for run in started:
+            done = run.wait()
+            assert (done.status, done.stderr.replace(OPENBLAS_HINT, "").strip()) == (0, ""), done
+
+
 def children(pid: int) -> list[int]:
     """Process ids of the direct children, in the order in which they were started."""
     listed = Path(f"/proc/{pid}/task/{pid}/children")
@@ -202,6 +214,6 @@ def steps(output_dir: Path) -> list[int]:
     return [int(line["step"]) for line in metrics(output_dir) if "train/loss" in line]
 
 
-def checkpoints(output_dir: Path) -> Iterator[Path]:
+def checkpoints(output_dir: Path) -> list[Path]:
     """Folders of checkpoints, the oldest first."""
-    yield from sorted((output_dir / "checkpoints").glob("step-*"))
+    return sorted((output_dir / "checkpoints").glob("step-*"))

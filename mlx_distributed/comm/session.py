@@ -55,7 +55,7 @@ class Session:
         self._op = 0
         self._mailbox = Mailbox()
         self._receiving: set[int] = set()
-        self._changed = asyncio.Event()
+        self._waiters: set[asyncio.Future[None]] = set()
 
     def error(self, name: str, start_s: float) -> CommError:
         """The failure as the error of the operation `name`, begun at `start_s` of the monotonic clock."""
@@ -73,12 +73,12 @@ class Session:
             while not link.queue.empty():  # Nobody will use what was still to be sent.
                 link.queue.get_nowait()
             self._leave(link, Frame(Kind.ABORT, payload=payload))
-        self._changed.set()
+        self._notify()
 
     def begin(self, reduction: Reduction) -> None:
         """Start an operation: frames of it are taken in from now on."""
         self._op, self._reduction = reduction.op, reduction
-        self._changed.set()
+        self._notify()
 
     def contribute(self, reduction: Reduction, index: int, parts: Mapping[Node, np.ndarray]) -> None:
         """Put in this rank's parts of one bucket."""
@@ -104,7 +104,7 @@ class Session:
     async def take(self, peer: int, tag: int, name: str) -> list[bytes | memoryview]:
         """The chunks of the next message of `peer` with this tag."""
         self._receiving.add(peer)
-        self._changed.set()
+        self._notify()
         await self.wait(name, lambda: self._mailbox.has(peer, tag), lambda: {peer})
         self._receiving.discard(peer)
         return self._mailbox.take(peer, tag)
@@ -134,7 +134,7 @@ class Session:
     async def carry(self, peer: int, link: Link) -> None:
         """Read from and write to a peer until both sides have taken their leave, or the stream ends."""
         self.links[peer] = link
-        self._changed.set()
+        self._notify()
         if self.failure is not None:
             self._leave(link, Frame(Kind.BYE))
         writer = asyncio.create_task(self._write(link))
@@ -149,7 +149,7 @@ class Session:
             self.fail(peer, f"is gone ({error})")
         finally:
             link.left = True
-            self._changed.set()
+            self._notify()
             # In peace this takes as long as our own work; after a failure only what it takes to say so.
             await asyncio.wait([writer], timeout=None if self.failure is None else LINGER_S)
             writer.cancel()
@@ -172,7 +172,7 @@ class Session:
             self.post(outgoing())
         except FrameError as error:
             self.fail(self.rank, str(error))
-        self._changed.set()
+        self._notify()
 
     async def _write(self, link: Link) -> None:
         while (item := await link.queue.get()) is not None:
@@ -198,7 +198,7 @@ class Session:
             self.post(self._reduction.receive(peer, frame))
             if self._reduction.done:
                 self._reduction = None
-        self._changed.set()
+        self._notify()
 
     def _aborted(self, peer: int, frame: Frame) -> None:
         try:
@@ -214,10 +214,21 @@ class Session:
         while not condition() and self.failure is None:
             await self._change(None)
 
+    def _notify(self) -> None:
+        """Something has happened: a frame, a loss, a call of ours. Whoever waits looks again."""
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
     async def _change(self, timeout_s: float | None) -> None:
-        """Until something has happened: a frame, a loss, a call of ours."""
-        self._changed.clear()
+        """Until something has happened, or the time is up.
+
+        Not an `asyncio.Event`: `wait_for` begins to wait for one only in a task of its own, and what happens until then,
+        with another waiter clearing the event in between, would be missed.
+        """
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.add(waiter)
         try:
-            await asyncio.wait_for(self._changed.wait(), timeout_s)
-        except TimeoutError:
-            return
+            await asyncio.wait([waiter], timeout=timeout_s)
+        finally:
+            self._waiters.remove(waiter)

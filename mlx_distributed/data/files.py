@@ -37,18 +37,23 @@ def read_rows(source: SourceConfig) -> list[tuple[Place, object]]:
     Raises:
         DataError: missing, unreadable or empty.
     """
-    path = Path(source.path)
-    if path.is_dir():
-        rows = _read_folder(path, source)
-    elif path.exists():
-        rows = _read_file(path, source)
-    elif path.suffix not in SUFFIXES and _HUB_NAME.fullmatch(source.path):
-        rows = _read_hub(source)
-    else:
-        raise DataError(f"{path}: there is no such file; give a file, a folder or the name of a Hugging Face dataset")
+    try:
+        rows = _read(Path(source.path), source)
+    except OSError as error:
+        raise DataError(f"{source.path} cannot be read: {error}") from error
     if not rows:
-        raise DataError(f"{path} holds no rows; give a file with at least one")
+        raise DataError(f"{source.path} holds no rows; give a file with at least one")
     return rows
+
+
+def _read(path: Path, source: SourceConfig) -> list[tuple[Place, object]]:
+    if path.is_dir():
+        return _read_folder(path, source)
+    if path.exists():
+        return _read_file(path, source)
+    if path.suffix not in SUFFIXES and _HUB_NAME.fullmatch(source.path):
+        return _read_hub(source)
+    raise DataError(f"{path}: there is no such file; give a file, a folder or the name of a Hugging Face dataset")
 
 
 def _read_folder(folder: Path, source: SourceConfig) -> list[tuple[Place, object]]:
@@ -73,7 +78,7 @@ def _read_file(path: Path, source: SourceConfig) -> list[tuple[Place, object]]:
         raise DataError(f"{path} is of no known kind; give a {', '.join(SUFFIXES)} file")
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
     return [(Place(str(path), line), row) for line, row in _parse(text, path, source)]
 
@@ -161,7 +166,7 @@ def _read_parquet(path: Path) -> list[tuple[Place, object]]:
 
     try:
         rows = pq.read_table(path).to_pylist()
-    except (OSError, pa.ArrowException) as error:
+    except pa.ArrowException as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}") from error
     return [(Place(str(path), number), row) for number, row in enumerate(rows, 1)]
 
@@ -171,7 +176,7 @@ def _read_saved(folder: Path, source: SourceConfig) -> list[tuple[Place, object]
 
     try:
         dataset = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         raise DataError(f"{folder} cannot be read as a saved Hugging Face dataset: {error}") from error
     if isinstance(dataset, datasets.DatasetDict):
         if source.split not in dataset:

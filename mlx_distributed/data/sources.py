@@ -52,7 +52,7 @@ class DataReport:
         num_invalid = sum(self.invalid.values())
         if num_invalid > max_invalid_fraction * self.num_rows:
             raise DataError(
-                f"{num_invalid} of {self.num_rows} rows are invalid ({self.told}), a larger share than "
+                f"{num_invalid} of {self.num_rows} rows are invalid ({self.summary}), a larger share than "
                 f"data.max_invalid_fraction={max_invalid_fraction:g} allows. "
                 "Mend them, or set `format`, `columns` or `roles` of the source to what they are"
             )
@@ -64,7 +64,7 @@ class DataReport:
         return ", ".join(f"{count} {reason}" for reason, count in counted)
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """Counts per reason and the first rows refused, in one line."""
         return f"{self.reasons}; the first: {'; '.join(self.examples)}"
 
@@ -121,8 +121,9 @@ def read_corpus(data: DataConfig, seed: int) -> Corpus:
             report = report.add_invalid([(place, row) for place, row in rows if isinstance(row, Invalid)])
             if not valid:
                 without_rows.append(f"{key}.{number} ({source.path})")
-            fraction = 1.0 if key == "data.validation" else data.val_fraction
-            held_out = choose_validation(len(rows), fraction, seed)
+            held_out = np.full(len(rows), key == "data.validation")
+            if key == "data.train":
+                held_out = choose_validation(len(rows), data.val_fraction, seed)
             start = len(train)
             for at, place, row in valid:
                 (validation if held_out[at] else train).append((row, place))
@@ -131,7 +132,7 @@ def read_corpus(data: DataConfig, seed: int) -> Corpus:
     report.check(data.max_invalid_fraction)
     if without_rows:
         raise DataError(
-            f"{' and '.join(without_rows)}: no valid row; {report.told}. Mend the rows or remove the source"
+            f"{' and '.join(without_rows)}: no valid row; {report.summary}. Mend the rows or remove the source"
         )
     if not train or (data.val_fraction and not validation):
         raise DataError(

@@ -115,18 +115,23 @@ def _between(
         first = _skip_space(text, start)
         if text.startswith(said, first):
             return start, first + len(said)
-    # The template shows the turn otherwise than given (function calls, no reasoning): what follows tells its end, but
-    # only up to the next message, since the header of the next assistant turn may be otherwise too.
+    # The template shows the turn otherwise than given (function calls, no reasoning): what follows tells its end.
+    end = _find_tail(text, at if start is None else start, tail, following)
+    if start is not None:
+        return (start, end) if end >= start else None
+    # The header is another one, as where it holds an empty reasoning and the turn has its own.
+    end = at + len(text[at : max(end, at)].rstrip())
+    verbatim = not message.tool_calls and text.endswith(said, at, end)
+    return (end - len(said), end) if verbatim else None
+
+
+def _find_tail(text: str, at: int, tail: str, following: str | None) -> int:
+    """Where the template's text behind a turn begins, from `at` on; -1 if it is nowhere."""
     if following is None:
-        end = len(text) - len(tail) if text.endswith(tail) else -1
-    else:
-        cut = tail.find(following.strip())
-        end = text.find(tail if cut < 0 else tail[: cut + len(following.strip())], at if start is None else start)
-    if start is None and said and not message.tool_calls:
-        # The header is another one, as where it holds an empty reasoning and the turn has its own.
-        end = at + len(text[at : max(end, at)].rstrip())
-        start = end - len(said) if text.endswith(said, at, end) else None
-    return None if start is None or end < start else (start, end)
+        return len(text) - len(tail) if text.endswith(tail) else -1
+    # No more than the next message: the header of the assistant turn behind it may be another one here too.
+    cut = tail.find(following.strip())
+    return text.find(tail if cut < 0 else tail[: cut + len(following.strip())], at)
 
 
 def _by_prefix(

@@ -255,12 +255,11 @@ class _Encoder:
     def _reads(self, ids: list[int], text: str) -> bool:
         """Whether `ids` decode to `text`, but for white space around it and what the tokenizer itself normalises."""
         decoded = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if decoded == text:
-            return True
+        decoded, text = decoded.strip(), text.strip()
         normalizer = self._tokenizer.backend_tokenizer.normalizer
-        if normalizer is not None:
-            decoded, text = normalizer.normalize_str(decoded), normalizer.normalize_str(text)
-        return decoded.strip() == text.strip()
+        if decoded == text or normalizer is None:
+            return bool(decoded == text)
+        return bool(normalizer.normalize_str(decoded) == normalizer.normalize_str(text))
 
 
 def _digest(*sides: list[Row]) -> str:

@@ -56,6 +56,24 @@ def test_the_sum_has_the_same_bits_on_any_number_of_ranks(edges: list[int]) -> N
     assert run_ranks(len(edges) - 1, reduce_leaves(8, edges)) == [alone] * (len(edges) - 1)
 
 
+def test_operations_of_every_size_follow_each_other_without_end() -> None:
+    """Ranks run ahead of each other by an operation, and messages and frames share a stream: nothing may get stuck."""
+
+    def body(comm: GrpcComm) -> list[float]:
+        rng = np.random.default_rng(1)
+        totals = []
+        for _ in range(120):
+            arrays = {"w": mx.full(int(10 ** rng.uniform(0, 5.7)), comm.rank + 1.0)}
+            layout = make_layout(arrays)
+            comm.barrier("a soak")
+            parts = {(comm.rank, comm.rank + 1): to_buckets(layout, arrays)[0]}
+            ((summed,),) = comm.all_reduce(layout, comm.size, [parts], "a soak")
+            totals.append(float(np.asarray(summed).mean()))
+        return totals
+
+    assert run_ranks(4, body) == [[10.0] * 120] * 4
+
+
 def test_gather_broadcast_send_and_recv_carry_any_dtype_and_shape() -> None:
     def body(comm: GrpcComm) -> list[mx.array]:
         mine = mx.arange(comm.rank, dtype=mx.bfloat16)

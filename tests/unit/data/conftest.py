@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -125,7 +124,6 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
         adds_bos: bool = False,
         trim_offsets: bool = False,
         nfc: bool = False,
-        **kwargs: Any,
     ) -> PreTrainedTokenizerFast:
         inner = Tokenizer(models.BPE())
         inner.normalizer = normalizers.NFC() if nfc else None
@@ -142,7 +140,7 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
         )
         inner.post_processor = processors.Sequence([byte_level, begin]) if adds_bos else byte_level
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=inner, bos_token="<|begin|>", eos_token=eos_token, pad_token=eos_token, **kwargs
+            tokenizer_object=inner, bos_token="<|begin|>", eos_token=eos_token, pad_token=eos_token
         )
         tokenizer.add_tokens(list(ADDED))
         tokenizer.chat_template = chat_template
@@ -152,5 +150,15 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
-    return make_tokenizer()
+def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """As Llama 2 has it: white space is part of the words, unknown characters are bytes."""
+    inner = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    pieces = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    inner.decoder = decoders.Sequence(pieces)
+    all_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=["<unk>", *SPECIAL, *all_bytes], show_progress=False)
+    inner.train_from_iterator(LINES, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<|begin|>", eos_token="<|im_end|>", unk_token="<unk>"
+    )

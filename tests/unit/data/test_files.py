@@ -129,6 +129,11 @@ def test_a_missing_file_is_refused(path: str) -> None:
         read_rows(SourceConfig(path=path))
 
 
+def test_what_the_system_refuses_to_read_is_refused() -> None:
+    with pytest.raises(DataError, match=r"too long|no such file"):  # the second from Python 3.13 on
+        read_rows(SourceConfig(path="x" * 10_000 + ".json"))
+
+
 def test_other_kinds_of_file_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no known kind"):
         read_rows(write(tmp_path / "a.csv", "a,b"))
@@ -169,33 +174,26 @@ def test_held_out_files_are_not_trained_on_by_accident(tmp_path: Path) -> None:
         read_rows(SourceConfig(path=str(tmp_path)))
 
 
-@pytest.fixture
-def hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An offline Hugging Face library with its cache in `tmp_path`."""
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    return tmp_path
-
-
-def test_a_saved_dataset_with_and_without_splits(hugging_face: Path) -> None:
+def test_a_saved_dataset_with_and_without_splits(tmp_path: Path) -> None:
     import datasets
 
     rows = [{"text": "a"}, {"text": "b"}]
-    datasets.Dataset.from_list(rows).save_to_disk(str(hugging_face / "one"))
-    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows[:1])}).save_to_disk(str(hugging_face / "many"))
-    assert lines_and_rows(SourceConfig(path=str(hugging_face / "one"))) == list(enumerate(rows, 1))
-    assert lines_and_rows(SourceConfig(path=str(hugging_face / "many"))) == [(1, rows[0])]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows[:1])}).save_to_disk(str(tmp_path / "many"))
+    assert lines_and_rows(SourceConfig(path=str(tmp_path / "one"))) == list(enumerate(rows, 1))
+    assert lines_and_rows(SourceConfig(path=str(tmp_path / "many"))) == [(1, rows[0])]
     with pytest.raises(DataError, match="no split 'test'; set split to one of train"):
-        read_rows(SourceConfig(path=str(hugging_face / "many"), split="test"))
-    (hugging_face / "one" / "state.json").write_text("{")
+        read_rows(SourceConfig(path=str(tmp_path / "many"), split="test"))
+    (tmp_path / "one" / "state.json").write_text("{")
     with pytest.raises(DataError, match="cannot be read as a saved"):
-        read_rows(SourceConfig(path=str(hugging_face / "one")))
+        read_rows(SourceConfig(path=str(tmp_path / "one")))
 
 
-def test_a_name_that_is_no_path_is_a_dataset_of_the_hub(hugging_face: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_is_no_path_is_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(hugging_face)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="someone/rows is no file or folder here, and as a Hugging Face dataset"):
         read_rows(SourceConfig(path="someone/rows"))

@@ -226,7 +226,7 @@ def test_no_tools(none: object) -> None:
 
 def test_openai_messages_with_parts_and_calls() -> None:
     function = {"name": "f", "arguments": '{"x": 1}'}
-    row = {
+    row: dict[str, Any] = {
         "messages": [
             {"role": "developer", "content": "s"},
             {"role": "user", "content": [{"type": "text", "text": "a"}, "b"]},

@@ -6,7 +6,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from mlx_distributed.data.messages import Conversation, Invalid, Message, ToolCall
-from mlx_distributed.data.spans import lay_out
+from mlx_distributed.data.spans import Layout, lay_out
 from mlx_distributed.data.template import ChatTemplate
 
 Make = Callable[..., PreTrainedTokenizerFast]
@@ -17,37 +17,45 @@ TOOLS = ({"type": "function", "function": {"name": "find"}},)
 THOUGHT = "<think>\nhm\n</think>\n\n4"
 
 
-def talk(*contents: str | ToolCall | tuple[str, ToolCall], **options: object) -> Conversation:
-    """User and assistant in turn; the answer to a call is a tool's."""
+Said = Callable[..., list[tuple[str, str]]]
+
+
+def talk(*contents: str | ToolCall | tuple[str, ToolCall]) -> Conversation:
+    """User and assistant in turn; what follows a function call is its result."""
     messages: list[Message] = []
     for content in contents:
-        text, calls = content if isinstance(content, tuple) else (content, None)
-        if isinstance(text, ToolCall):
-            text, calls = "", text
-        role = "user" if not messages or messages[-1].role == "assistant" else "assistant"
         if messages and messages[-1].tool_calls:
-            role = "tool"
-        messages.append(Message(role, text, (calls,) if calls else ()))  # type: ignore[arg-type]
+            messages.append(Message("tool", str(content)))
+        elif not messages or messages[-1].role == "assistant":
+            messages.append(Message("user", str(content)))
+        elif isinstance(content, str):
+            messages.append(Message("assistant", content))
+        else:
+            text, call = content if isinstance(content, tuple) else ("", content)
+            messages.append(Message("assistant", text, (call,)))
     return Conversation(tuple(messages), TOOLS if any(message.tool_calls for message in messages) else ())
 
 
 @pytest.fixture
-def said(make_tokenizer: Make, templates: dict[str, str]) -> Callable[..., list[tuple[str, str]] | str]:
-    """What `lay_out` finds: the text and the stop token of every turn, or the reason of a refusal."""
+def laid_out(make_tokenizer: Make, templates: dict[str, str]) -> Callable[..., Layout | Invalid]:
+    def lay(template: str, *contents: str | ToolCall | tuple[str, ToolCall]) -> Layout | Invalid:
+        return lay_out(talk(*contents), ChatTemplate(make_tokenizer(), templates.get(template, template)))
 
-    def find(template: str, *contents: str | ToolCall | tuple[str, ToolCall]) -> list[tuple[str, str]] | str:
-        chat_template = ChatTemplate(make_tokenizer(), templates.get(template, template))
-        layout = lay_out(talk(*contents), chat_template)
-        if isinstance(layout, Invalid):
-            return str(layout)
+    return lay
+
+
+@pytest.fixture
+def said(laid_out: Callable[..., Layout | Invalid]) -> Said:
+    """The text and the stop token of every turn that `lay_out` finds."""
+
+    def find(template: str, *contents: str | ToolCall | tuple[str, ToolCall]) -> list[tuple[str, str]]:
+        layout = laid_out(template, *contents)
+        assert isinstance(layout, Layout), layout
         return [
             (layout.text[span.start : span.end], layout.text[span.end : span.stop].strip()) for span in layout.spans
         ]
 
     return find
-
-
-Said = Callable[..., list[tuple[str, str]] | str]
 
 
 @pytest.mark.parametrize(
@@ -73,7 +81,7 @@ def test_every_turn_and_its_stop_token(said: Said, template: str, stop: str, las
 
 @pytest.mark.parametrize("template", ["chatml", "headers", "marked"])
 def test_white_space_is_as_the_template_leaves_it(said: Said, template: str) -> None:
-    (first, _), (second, _) = said(template, "q", "\n  a \n\n", "q", " b\t")  # type: ignore[misc]
+    first, second = (text for text, _ in said(template, "q", "\n  a \n\n", "q", " b\t"))
     if template == "headers":
         assert (first, second) == ("a", "b")
     else:
@@ -143,6 +151,6 @@ def test_markers_that_mark_something_else_are_not_used(said: Said) -> None:
     ],
 )  # fmt: skip
 def test_conversations_whose_turns_cannot_be_found(
-    said: Said, template: str, contents: tuple[str, ...], why: str
+    laid_out: Callable[..., Layout | Invalid], template: str, contents: tuple[str, ...], why: str
 ) -> None:
-    assert why in str(said(template, *contents))
+    assert why in str(laid_out(template, *contents))

@@ -74,7 +74,8 @@ def test_a_template_for_tools_among_several(make_tokenizer: Make) -> None:
     tokenizer: Any = make_tokenizer()
     tokenizer.chat_template = {"default": "plain", "tool_use": "with tools"}
     template = ChatTemplate(tokenizer, None)
-    assert [template.render(TURNS, tools).text for tools in (None, [{}])] == ["plain", "with tools"]
+    assert template.render(TURNS, None).text == "plain"
+    assert template.render(TURNS, [{}]).text == "with tools"
 
 
 def test_whether_there_is_a_template(make_tokenizer: Make) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedTokenizerFast
@@ -19,12 +19,11 @@ from mlx_distributed.data.tokenize import Row, TokenizedCorpus, collate, prompt_
 from mlx_distributed.errors import DataError
 
 Make = Callable[..., PreTrainedTokenizerFast]
-Tokenizer = PreTrainedTokenizerFast | TokenizerWrapper
 EOS = "<|im_end|>"
 
 
 def talk(*contents: str) -> Conversation:
-    return Conversation(tuple(Message(("user", "assistant")[n % 2], text) for n, text in enumerate(contents)))  # type: ignore[arg-type]
+    return Conversation(tuple(Message(("user", "assistant")[n % 2], text) for n, text in enumerate(contents)))
 
 
 def raw(*contents: str) -> Conversation:
@@ -48,20 +47,21 @@ def corpus(train: list[Conversation], validation: list[Conversation] | None = No
     )
 
 
-def tokenize(conversations: list[Conversation], tokenizer: Tokenizer, **data: Any) -> TokenizedCorpus:
+def tokenize(conversations: list[Conversation], tokenizer: Any, **data: Any) -> TokenizedCorpus:
     return tokenize_corpus(corpus(conversations), tokenizer, DataConfig(**data))
 
 
-def one(conversation: Conversation, tokenizer: Tokenizer, **data: Any) -> Row:
+def one(conversation: Conversation, tokenizer: Any, **data: Any) -> Row:
     (row,) = tokenize([conversation], tokenizer, **data).train
     return row
 
 
-def read(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
-    return tokenizer.decode(tokens.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+def read(tokens: np.ndarray, tokenizer: Any) -> str:
+    text: str = tokenizer.decode(tokens.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
 
 
-def labels(row: Row, tokenizer: Tokenizer) -> list[str]:
+def labels(row: Row, tokenizer: Any) -> list[str]:
     """The text of every run of targets."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], row.loss_mask, [False]])))
     return [read(row.tokens[start:stop], tokenizer) for start, stop in edges.reshape(-1, 2)]
@@ -74,7 +74,7 @@ CONTENT = st.lists(
         ["yes", "assistant", "\n", " ", "\n\n", "user: ", EOS, "e\u0301", "\u00e9", "\U0001f469\u200d\U0001f680"]
     )
     | st.sampled_from(["\u4f60\u597d", "\u0915\u094d\u0937", "\ufeff", "\u00a0", "[INST]", "</s>", "\t", "1."])
-    | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="".join(MARKS)), max_size=8),
+    | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="".join(MARKS) + "\u2581"), max_size=8),
     min_size=1,
     max_size=6,
 ).map("".join)
@@ -85,8 +85,12 @@ CONVERSATION = (
 )
 
 
-@pytest.fixture(scope="session", params=["bare", "bos", "trim", "nfc", "wrapped"])
-def any_tokenizer(request: pytest.FixtureRequest, make_tokenizer: Make) -> Tokenizer:
+@pytest.fixture(scope="session", params=["bare", "bos", "trim", "nfc", "wrapped", "sentencepiece"])
+def any_tokenizer(
+    request: pytest.FixtureRequest, make_tokenizer: Make, sentencepiece_tokenizer: PreTrainedTokenizerFast
+) -> Any:
+    if request.param == "sentencepiece":
+        return sentencepiece_tokenizer
     if request.param == "wrapped":
         return TokenizerWrapper(make_tokenizer())
     options = {"bare": {}, "bos": {"adds_bos": True}, "trim": {"trim_offsets": True}, "nfc": {"nfc": True}}
@@ -97,9 +101,11 @@ def any_tokenizer(request: pytest.FixtureRequest, make_tokenizer: Make) -> Token
 @given(conversation=CONVERSATION, limit=st.integers(3, 60))
 @pytest.mark.parametrize("name", STOPS)
 def test_labels_are_the_assistant_turns_with_their_stop_tokens(
-    any_tokenizer: Tokenizer, templates: dict[str, str], name: str, conversation: Conversation, limit: int
+    any_tokenizer: Any, templates: dict[str, str], name: str, conversation: Conversation, limit: int
 ) -> None:
     said = [message.content for message in conversation.messages if message.role == "assistant"]
+    # A tokenizer that puts white space behind a special token changes a text that holds one, which is refused.
+    assume(any_tokenizer.unk_token is None or not any(EOS in content or "</s>" in content for content in said))
     data = {"chat_template": templates[name], "max_invalid_fraction": 0.0}
     row = one(conversation, any_tokenizer, **data)
     found = labels(row, any_tokenizer)
@@ -113,8 +119,10 @@ def test_labels_are_the_assistant_turns_with_their_stop_tokens(
             expected = content.lstrip("\n")
         if name == "strict":  # the template puts a space on either side
             label = label.strip()
-        if getattr(any_tokenizer, "backend_tokenizer").normalizer is not None:  # noqa: B009
+        if any_tokenizer.backend_tokenizer.normalizer is not None:
             label, expected = unicodedata.normalize("NFC", label), unicodedata.normalize("NFC", expected)
+        if expected[0].isspace():  # one token may hold it and the white space that ends the header
+            label, expected = label.lstrip(), expected.lstrip()
         assert label == expected
 
     prompt, reference = prompt_and_reference(row)
