@@ -12,6 +12,7 @@ from mlx_distributed.comm.base import Communicator
 from mlx_distributed.config import Config
 from mlx_distributed.data.plan import Plan
 from mlx_distributed.data.sources import Corpus, read_corpus
+from mlx_distributed.data.template import read_template
 from mlx_distributed.data.tokenize import TokenizedCorpus, tokenize_corpus
 from mlx_distributed.models import (
     build_scratch,
@@ -56,6 +57,9 @@ def load_all(config: Config, comm: Communicator) -> Loaded:
         data = broadcast_bytes(data, comm, "the tokenizer")
         tokenizer = wrap_tokenizer(data, config.model.scratch["model_type"])
         model, architecture = build_scratch(config.model.scratch, tokenizer, config.seed)
+    if config.data.chat_template is not None:
+        # So that the finished model is asked in the form that it was taught in.
+        tokenizer.chat_template = read_template(config.data.chat_template)
     rows = tokenize_corpus(corpus, tokenizer, config.data)
     prepare(model, config.method, config.lora, config.seed)
     if config.train.gradient_checkpointing:

@@ -52,6 +52,8 @@ def next_steps(config: Config, final: Path, prompt: str) -> Iterator[str]:
     model = ["--model", str(final)]
     if config.method != "full":
         model = ["--model", str(config.model.path), "--adapter-path", str(final)]
+    if config.method != "full" and config.data.chat_template is not None:
+        yield "note: an adapter folder holds no chat template; give yours to whatever loads the model"
     yield f"the model is in {final}; try it:"
     yield "  " + shlex.join(["uv", "run", "mlx_lm.generate", *model, "--prompt", prompt])
 

@@ -36,6 +36,22 @@ class Rendered:
     """Where the ``{% generation %}`` blocks that are not blank stand, in characters."""
 
 
+def read_template(chat_template: str) -> str:
+    """`data.chat_template`, which is Jinja text or a file with it, as text.
+
+    Raises:
+        DataError: it cannot be read or is not valid Jinja.
+    """
+    try:
+        text = chat_template if "{" in chat_template else Path(chat_template).read_text(encoding="utf-8")
+        _compile(text)
+    except (OSError, ValueError) as error:
+        raise DataError(f"data.chat_template {chat_template!r} cannot be read: {error}") from error
+    except jinja2.TemplateSyntaxError as error:
+        raise DataError(f"data.chat_template is not valid Jinja, line {error.lineno}: {error.message}") from error
+    return text
+
+
 class ChatTemplate:
     """The chat template of a run.
 
@@ -49,7 +65,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, chat_template: str | None) -> None:
         self._tokenizer = tokenizer
-        self._given = None if chat_template is None else _load(chat_template)
+        self._given = None if chat_template is None else read_template(chat_template)
         self._variables = tokenizer.special_tokens_map
         # Not every template ends a turn with the tokenizer's eos; none ends it with the token that begins a text.
         begin, eos = tokenizer.bos_token, tokenizer.eos_token
@@ -104,17 +120,6 @@ def _take_blocks(marked: str) -> Rendered:
             at += len(part)
     text = "".join(parts)
     return Rendered(text, tuple(block for block in blocks if text[slice(*block)].strip()))
-
-
-def _load(chat_template: str) -> str:
-    try:
-        text = chat_template if "{" in chat_template else Path(chat_template).read_text(encoding="utf-8")
-        _compile(text)
-    except (OSError, ValueError) as error:
-        raise DataError(f"data.chat_template {chat_template!r} cannot be read: {error}") from error
-    except jinja2.TemplateSyntaxError as error:
-        raise DataError(f"data.chat_template is not valid Jinja, line {error.lineno}: {error.message}") from error
-    return text
 
 
 class _Generation(Extension):

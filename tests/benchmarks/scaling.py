@@ -36,7 +36,7 @@ WARMUP_STEPS = 3
 QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
 
 
-def quickstart(folder: Path, num_steps: int) -> dict[str, Any]:
+def quickstart(num_steps: int) -> dict[str, Any]:
     """The quick start, without evaluation and checkpoints."""
     import yaml
 
@@ -68,23 +68,32 @@ def main() -> None:
     args.add_argument("--rounds", type=int, default=3, help="runs of each side (default: 3)")
     args.add_argument("--cores", type=int, nargs=2, default=(0, 1), help="the cores to use, on Linux (default: 0 1)")
     options = args.parse_args()
-    cores = options.cores if hasattr(os, "sched_setaffinity") else ()
-
+    cores = tuple(options.cores) if hasattr(os, "sched_setaffinity") else ()
     rows = []
     with workplace(options.blas) as folder:
         configs = {
-            "quick start": quickstart(folder, 150),
-            "10 M, full": ten_million(folder, 12, "full"),
-            "10 M, LoRA": ten_million(folder, 12, "lora"),
+            "quick start": quickstart(150),
+            "10 M, full": ten_million(folder, 15, "full"),
+            "10 M, LoRA": ten_million(folder, 15, "lora"),
         }
         print_machine()
         for name, config in configs.items():
+            sides = {
+                "one": partial(train, config, folder / name / "one", 1, cores[:1]),
+                "two": partial(train, config, folder / name / "two", 2, cores),
+                "apart": partial(train_apart, config, folder / name / "apart", cores),
+            }
+            results = interleave(sides, options.rounds)
+            one_s, two_s, apart_s = (total_s([run.step_s for run in runs]) for runs in results.values())
+            comm_s = total_s([run.comm_s for run in results["two"]])
+            num_tokens = results["one"][0].num_tokens
+            rows.append(
+                [name, *(f"{num_tokens / s:.0f}" for s in (one_s, two_s)), f"{one_s / two_s:.2f}", f"{2 * one_s / apart_s:.2f}", f"{comm_s / two_s:.0%}"]
+            )
+    header = ["model", "1 worker, label tokens/s", "2 workers", "ratio", "ratio of two runs apart", "waiting for the other"]
+    print_table(header, rows)
+    print("goal: a ratio of at least 1.85")
 
-            def run(side: str, nproc: int, cores: tuple[int, ...], config: dict[str, Any] = config) -> TrainRun:
-                file = write_config(folder / side, {**config, "parallel": {"nproc": nproc}})
-                return mlx_train(file, cores)
 
-            def two_runs(number: int) -> TrainRun:
-                pass
-
-    print_table(["model", "tokens/step", "1 worker, s/step", "2 workers, s/step", "ratio", "comm", "ceiling"], rows)
+if __name__ == "__main__":
+    main()
