@@ -223,8 +223,8 @@ class Session:
     async def _change(self, timeout_s: float | None) -> None:
         """Until something has happened, or the time is up.
 
-        Not an `asyncio.Event`: `wait_for` begins to wait for one only in a task of its own, and what happens until then,
-        with another waiter clearing the event in between, would be missed.
+        Not an `asyncio.Event`: `wait_for` begins to wait for one only in a task of its own, and what happens until
+        then, with another waiter clearing the event in between, would be missed.
         """
         waiter = asyncio.get_running_loop().create_future()
         self._waiters.add(waiter)
