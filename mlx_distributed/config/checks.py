@@ -139,7 +139,9 @@ def _data(data: DataConfig) -> Iterator[Problem]:
             key = f"data.{split}.{index}"
             if not source.path:
                 yield Problem(f"{key}.path", "is missing; set it to a file, a folder or a dataset name")
-            if not source.weight > 0:
+            if split == "validation" and source.weight != 1.0:
+                yield Problem(f"{key}.weight", "means nothing here: each validation row is used once; remove it")
+            elif not source.weight > 0:
                 yield Problem(f"{key}.weight", "must be above 0; to leave the source out, remove it")
             for theirs, ours in source.roles.items():
                 if ours not in OUR_ROLES:

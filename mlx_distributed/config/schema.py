@@ -30,13 +30,15 @@ class ModelConfig:
 @dataclass(frozen=True)
 class LoraConfig:
     rank: int = 8
+    """Inner width of an update."""
     alpha: float | None = None
     """Update is scaled by alpha / rank. Default 16. Not together with `scale`."""
     scale: float | None = None
     """The factor itself, as mlx-lm calls it."""
     dropout: float = 0.0
+    """On the input of each adapter, while training; from 0 up to 1."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Names inside a layer, such as `self_attn.q_proj` or `q_proj`."""
+    """All linear layers, or a list of names inside a layer, such as `self_attn.q_proj` or `q_proj`."""
     num_layers: int = -1
     """The last so many layers; -1 means all."""
 
@@ -53,6 +55,7 @@ class SourceConfig:
     path: str = ""
     """File (.json, .jsonl, .parquet), folder of such files, or Hugging Face dataset name."""
     format: Format = "auto"
+    """Of the rows; `auto` finds it out from the columns of the whole file."""
     split: str = "train"
     """Of a Hugging Face dataset."""
     subset: str | None = None
@@ -68,12 +71,15 @@ class SourceConfig:
 @dataclass(frozen=True)
 class DataConfig:
     train: tuple[SourceConfig, ...] = ()
+    """Sources to train on: a list, or one alone; a source is a mapping or just a path."""
     validation: tuple[SourceConfig, ...] = ()
+    """Sources to measure with, written alike; never trained on."""
     val_fraction: float = 0.0
     """Share of the training rows held out, chosen by seed. Not together with `validation`."""
     max_seq_length: int = 2048
     """In tokens, prompt and answer together."""
     overlong: Literal["drop", "truncate", "error"] = "drop"
+    """What becomes of longer rows: left out and counted, cut at the end and counted, or the run refused."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Loss on every assistant turn, on the last one only, or on every token."""
     train_on_eos: bool = True
@@ -95,6 +101,7 @@ class TrainConfig:
     micro_batch_size: int = 4
     """Sequences that a device holds at a time; must divide `global_batch_size`."""
     epochs: float = 1.0
+    """Passes over the data."""
     max_steps: int | None = None
     """Optimizer steps; wins over `epochs`."""
     max_grad_norm: float | None = 1.0
@@ -113,9 +120,13 @@ class TrainConfig:
 @dataclass(frozen=True)
 class OptimizerConfig:
     name: Literal["adamw"] = "adamw"
+    """AdamW with bias correction and float32 moments."""
     learning_rate: float = 1e-4
+    """At the end of the warm-up. 1e-4 to 2e-4 suits LoRA, 1e-5 the whole of a trained model."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and of the second moment."""
     eps: float = 1e-8
+    """Added to the root of the second moment."""
     weight_decay: float = 0.01
     """Decoupled; never on norms and biases."""
 
@@ -123,8 +134,9 @@ class OptimizerConfig:
 @dataclass(frozen=True)
 class SchedulerConfig:
     name: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate falls after the warm-up."""
     warmup_steps: int | None = None
-    """Linear from 0. Not together with `warmup_ratio`."""
+    """Optimizer steps in which the rate rises linearly. Not together with `warmup_ratio`."""
     warmup_ratio: float | None = None
     """Share of all steps. Default 0.03 where `warmup_steps` is not given."""
     min_lr_ratio: float = 0.0
@@ -151,11 +163,13 @@ class EvalConfig:
     steps: int | None = None
     """Evaluate every so many steps; null only at the end."""
     at_start: bool = False
+    """Evaluate before the first step too, to see what training has changed."""
     max_examples: int | None = None
-    """Rows used for generation; the loss is always over the full validation set."""
+    """The first so many rows are used for generation; null takes all. The loss is always over the full validation set."""
     generate: bool = False
     """Generate greedily for validation prompts and report exact match, at the start (`at_start`) and at the end."""
     max_new_tokens: int = 128
+    """At most so many tokens per generated answer."""
     num_samples: int = 3
     """Generated samples to print."""
 
@@ -181,10 +195,15 @@ class WandbConfig:
     project: str | None = None
     """Weights & Biases is off unless this is set."""
     entity: str | None = None
+    """User or team that owns the run; null takes your default."""
     name: str | None = None
+    """Of the run; null lets Weights & Biases make one up."""
     group: str | None = None
+    """Runs of one group are shown together."""
     mode: Literal["online", "offline", "disabled"] = "online"
+    """`offline` keeps everything in the output folder for `wandb sync`. WANDB_MODE wins over `online`."""
     tags: tuple[str, ...] = ()
+    """Words to find the run by."""
     log_checkpoints: bool = False
     """Upload checkpoints as artifacts, aliases `latest`, `best` and `step-N`."""
 
@@ -205,5 +224,6 @@ class Config:
     logging: LoggingConfig = LoggingConfig()
     wandb: WandbConfig = WandbConfig()
     seed: int = 0
+    """Of the order of the rows, new weights and dropout."""
     output_dir: Path = Path("runs/default")
     """Relative to the YAML file, like every path in it."""

@@ -169,7 +169,7 @@ def _turns(row: dict[str, Any], column: str, source: SourceConfig, data: DataCon
     for number, turn in enumerate(turns, 1):
         message = _message(turn, source)
         if isinstance(message, Invalid):
-            return replace(message, detail=f"{message.detail} (turn {number})".strip())
+            return replace(message, detail=f"{message.detail} (turn {number})" if message.detail else f"turn {number}")
         if message.role != "system" or message.content.strip():  # a blank system text is none
             messages.append(message)
     arranged = _arrange(messages, data.merge_turns)

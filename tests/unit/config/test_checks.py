@@ -70,6 +70,7 @@ def changed(config: Config, **changes: Any) -> Config:
         ({"data__train": ()}, "data.train", "set it to a file, a folder or a dataset name"),
         ({"data__train": (SourceConfig(),)}, "data.train.0.path", "is missing; set it to a file"),
         ({"data__train": (SourceConfig(path="a", weight=0.0),)}, "data.train.0.weight", "above 0; to leave"),
+        ({"data__validation": (SourceConfig(path="a", weight=2.0),)}, "data.validation.0.weight", "used once"),
         ({"data__train": (SourceConfig(path="a", weight=float("nan")),)}, "data.train.0.weight", "finite"),
         (
             {"data__validation": (SourceConfig(path="a", roles={"bot": "gpt"}),)},
