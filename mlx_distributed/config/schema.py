@@ -165,7 +165,7 @@ class EvalConfig:
     at_start: bool = False
     """Evaluate before the first step too, to see what training has changed."""
     max_examples: int | None = None
-    """The first so many rows are used for generation; null takes all. The loss is always over the full validation set."""
+    """The first so many rows are used for generation; null takes all. The loss is over the full validation set."""
     generate: bool = False
     """Generate greedily for validation prompts and report exact match, at the start (`at_start`) and at the end."""
     max_new_tokens: int = 128
