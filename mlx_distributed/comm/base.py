@@ -62,6 +62,10 @@ class Communicator(Protocol):
         """Return when every rank has called this."""
         ...
 
+    def check(self, what: str) -> None:
+        """Raise at once where the group is dead, and never block: for use between long computations."""
+        ...
+
     def close(self, error: BaseException | None = None) -> None:
         """Finish what is owed to the peers, then leave the group. With `error`, tell them why instead."""
         ...
@@ -107,6 +111,9 @@ class LocalComm:
         raise AssertionError("a group of one has nobody to receive from")
 
     def barrier(self, what: str) -> None:
+        pass
+
+    def check(self, what: str) -> None:
         pass
 
     def close(self, error: BaseException | None = None) -> None:

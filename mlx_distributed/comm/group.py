@@ -33,5 +33,9 @@ def join_group(
         exchange("")
         return LocalComm()
     comm = GrpcComm(rank, size, run_id, timeout_s=timeout_s, listen=listen)
-    comm.connect(exchange(comm.address))
+    try:
+        comm.connect(exchange(comm.address))
+    except BaseException as error:
+        comm.close(error)
+        raise
     return comm

@@ -9,9 +9,10 @@ touches MLX: the loop sees bytes.
 from __future__ import annotations
 
 import asyncio
+import hmac
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 import grpc
@@ -57,6 +58,11 @@ OPTIONS = [
     ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
+
+HELLO_S = 10.0
+"""A connection that has not said who it is by then is closed."""
+MAX_STRANGERS = 16
+"""Connections that may be about to say so, besides those of the group."""
 
 _INTERNAL_TAG = 1 << 31
 """Tags from here on belong to `all_gather` and `broadcast`."""
@@ -116,18 +122,20 @@ class GrpcComm:
     def all_reduce(
         self, layout: Sequence[BucketLayout], num_leaves: int, buckets: Iterable[Parts], what: str
     ) -> list[Bucket]:
-        name = f"all_reduce of {what}"
-        self._check(name)
+        name, begun_s = f"all_reduce of {what}", time.monotonic()
+        self._check(name, begun_s)
         self._num_reductions += 1
         shapes = [(bucket.size, np.dtype(NUMPY_DTYPES[bucket.dtype])) for bucket in layout]
         reduction = Reduction(self._num_reductions, self.rank, self.size, shapes, num_leaves)
         self._call(self._session.begin, reduction)
         for index, parts in enumerate(buckets):
             packed = {node: layout[index].pack(bucket) for node, bucket in parts.items()}
+            self._check(name, begun_s)
             self._call(self._session.contribute, reduction, index, packed)
+            del packed
         self._call(self._session.end, reduction)
-        self._run(self._session.wait(name, lambda: reduction.done, reduction.waiting_for))
-        return [bucket.unpack(flat) for bucket, flat in zip(layout, reduction.results(), strict=True)]
+        self._run(self._session.wait(name, lambda: reduction.done, reduction.waiting_for, begun_s))
+        return [bucket.unpack(reduction.take(index)) for index, bucket in enumerate(layout)]
 
     def all_gather(self, array: mx.array, what: str) -> list[mx.array]:
         name, tag = f"all_gather of {what}", self._internal_tag()
@@ -155,6 +163,9 @@ class GrpcComm:
     def barrier(self, what: str) -> None:
         self.all_gather(mx.zeros(0), what)
 
+    def check(self, what: str) -> None:
+        self._check(what, time.monotonic())
+
     def close(self, error: BaseException | None = None) -> None:
         """Leave the group. With `error` the peers are told why, so that their errors name this rank and the reason."""
         if self._closed:
@@ -173,14 +184,14 @@ class GrpcComm:
         return [peer for peer in range(self.size) if peer != self.rank]
 
     def _send(self, array: mx.array, peer: int, tag: int, name: str) -> None:
-        self._check(name)
+        self._check(name, time.monotonic())
         chunks = array_to_chunks(array)
         frames = [Frame(Kind.MESSAGE, tag, 0, i, 0, len(chunks), chunk) for i, chunk in enumerate(chunks)]
         self._call(self._session.post, [(peer, frame) for frame in frames])
 
     def _recv(self, peer: int, tag: int, name: str) -> mx.array:
-        self._check(name)
         start_s = time.monotonic()
+        self._check(name, start_s)
         chunks = self._run(self._session.take(peer, tag, name))
         try:
             return array_from_chunks(chunks)
@@ -188,12 +199,12 @@ class GrpcComm:
             self._call(self._session.fail, peer, str(error))
             raise CommError(name, peer, self.generation, time.monotonic() - start_s, str(error)) from None
 
-    def _check(self, name: str) -> None:
+    def _check(self, name: str, begun_s: float) -> None:
         """Raise at once where the communicator is dead."""
         if self._closed:
             raise CommError(name, None, self.generation, 0.0, "the communicator is closed")
         if self._session.failure is not None:
-            raise self._session.error(name, time.monotonic())
+            raise self._session.error(name, begun_s)
 
     def _call(self, function: Callable[..., None], *args: object) -> None:
         self._loop.call_soon_threadsafe(function, *args)
@@ -209,7 +220,7 @@ class GrpcComm:
     # Everything below runs in the loop's thread.
 
     async def _listen(self, address: str) -> str:
-        self._server = grpc.aio.server(options=OPTIONS)
+        self._server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=self.size + MAX_STRANGERS)
         method = grpc.stream_stream_rpc_method_handler(self._serve)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: method}),))
         try:
@@ -225,7 +236,8 @@ class GrpcComm:
             asyncio.create_task(self._dial(peer, addresses[peer])) for peer in range(self.rank + 1, self.size)
         ]
         peers, links = set(self._peers()), self._session.links
-        await self._session.wait("connect", lambda: peers <= links.keys(), lambda: peers - links.keys())
+        begun_s = time.monotonic()
+        await self._session.wait("connect", lambda: peers <= links.keys(), lambda: peers - links.keys(), begun_s)
 
     async def _close(self) -> None:
         await self._session.close()
@@ -248,25 +260,29 @@ class GrpcComm:
             program_version=__version__,
         )
 
-    def _refusal(self, hello: pb.Hello) -> str | None:
-        """Why a caller is not let in, in words that give nothing of this run away."""
+    def _refusal(self, hello: pb.Hello, ranks: Collection[int]) -> str | None:
+        """Why a peer is not taken, in words that give nothing of this run away.
+
+        Args:
+            ranks: any of which it may be.
+        """
         mine = self._hello()
-        if hello.run_id != mine.run_id:
+        if not hmac.compare_digest(hello.run_id.encode(), mine.run_id.encode()):
             return "this is another run"
         for field in ("protocol_version", "program_version", "generation", "size"):
             theirs, ours = getattr(hello, field), getattr(mine, field)
             if theirs != ours:
                 return f"{field} is {theirs} there and {ours} here"
-        if hello.rank >= self.rank or hello.rank in self._session.links:
+        if hello.rank not in ranks or hello.rank in self._session.links:
             return f"rank {hello.rank} is not expected"
         return None
 
     async def _serve(self, _: object, context: grpc.aio.ServicerContext) -> None:
         try:
-            hello = pb.Hello.FromString(await _bytes(context.read))
-        except (ConnectionError, DecodeError):
+            hello = pb.Hello.FromString(await asyncio.wait_for(_bytes(context.read), HELLO_S))
+        except (ConnectionError, DecodeError, TimeoutError):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be a Hello")
-        refusal = self._refusal(hello)
+        refusal = self._refusal(hello, range(self.rank))
         if refusal:
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, refusal)
         await context.write(self._hello().SerializeToString())
@@ -277,9 +293,13 @@ class GrpcComm:
             call = channel.stream_stream(f"/{SERVICE}/{METHOD}")(wait_for_ready=True)
             try:
                 await call.write(self._hello().SerializeToString())
-                await _bytes(call.read)
-            except (ConnectionError, *_RPC_ERRORS):
+                answer = pb.Hello.FromString(await _bytes(call.read))
+            except (ConnectionError, DecodeError, *_RPC_ERRORS):
                 self._session.fail(peer, f"refused the connection: {await call.details()}")
+                return
+            refusal = self._refusal(answer, (peer,))
+            if refusal:
+                self._session.fail(peer, f"answers at {address} as somebody else: {refusal}")
                 return
             await self._session.carry(peer, _link(call.read, call.write))
             # The stream is torn down only when the peer has read our last frame and ended its side.

@@ -9,6 +9,9 @@ from mlx_distributed.comm.wire import CHUNK_BYTES, Frame, FrameError
 MAX_UNREAD_BYTES = 256 << 20
 """A peer that has sent so much that nobody has asked for is not read from until somebody does."""
 
+CHUNK_COST_BYTES = 128
+"""What a chunk costs besides its bytes, so that empty ones count too."""
+
 Chunks = list[bytes | memoryview]
 
 
@@ -32,7 +35,7 @@ class Mailbox:
         if frame.chunk != len(chunks) or frame.chunk >= frame.hi or len(frame.payload) > CHUNK_BYTES:
             raise FrameError(f"sent chunk {frame.chunk} of {frame.hi} where chunk {len(chunks)} was due")
         chunks.append(frame.payload)
-        self.unread_bytes[peer] += len(frame.payload)
+        self.unread_bytes[peer] += len(frame.payload) + CHUNK_COST_BYTES
         if len(chunks) == frame.hi:
             self._ready[key].append(self._partial.pop(key))
 
@@ -46,5 +49,5 @@ class Mailbox:
         chunks = queue.popleft()
         if not queue:
             del self._ready[(peer, tag)]
-        self.unread_bytes[peer] -= sum(len(chunk) for chunk in chunks)
+        self.unread_bytes[peer] -= sum(len(chunk) + CHUNK_COST_BYTES for chunk in chunks)
         return chunks

@@ -67,7 +67,7 @@ class NativeComm:
         # All but the root give zeros, and adding zeros changes no byte.
         name = f"broadcast of {what}"
         mine = _to_bytes(array) if self.rank == root and array is not None else mx.zeros(0, mx.uint8)
-        (size,) = _integers(self._sum(mx.array([mine.size], mx.int32), name))
+        (size,) = _integers(self._sum(mx.array([mine.size], mx.int64), name))
         padded = mine if mine.size else mx.zeros(size, mx.uint8)
         return _from_bytes(self._sum(padded, name))
 
@@ -77,7 +77,7 @@ class NativeComm:
         def send(piece: mx.array) -> None:
             self._guard(name, lambda: _evaluated(mx.distributed.send(piece, peer, group=self._group)))
 
-        send(mx.array([tag, data.size], mx.int32))
+        send(mx.array([tag, data.size], mx.int64))
         send(data)
 
     def recv(self, peer: int, tag: int, what: str) -> mx.array:
@@ -88,13 +88,17 @@ class NativeComm:
                 name, lambda: _evaluated(mx.distributed.recv((num_elements,), dtype, peer, group=self._group))
             )
 
-        sent_tag, size = _integers(receive(2, mx.int32))
+        sent_tag, size = _integers(receive(2, mx.int64))
         if sent_tag != tag:
             raise CommError(name, peer, self.generation, 0.0, f"sent tag {sent_tag} where {tag} was due")
         return _from_bytes(receive(size, mx.uint8))
 
     def barrier(self, what: str) -> None:
         self._sum(mx.zeros(1), f"barrier of {what}")
+
+    def check(self, what: str) -> None:
+        if self._failure is not None:
+            raise CommError(what, None, self.generation, 0.0, self._failure)
 
     def close(self, error: BaseException | None = None) -> None:
         """A native group lives as long as its process, and `mlx.launch` ends all ranks when one has failed."""
@@ -123,7 +127,7 @@ def _integers(array: mx.array) -> list[int]:
 
 
 def _one_hot(index: int, size: int, value: int) -> mx.array:
-    return mx.array([value if i == index else 0 for i in range(size)], mx.int32)
+    return mx.array([value if i == index else 0 for i in range(size)], mx.int64)
 
 
 def _to_bytes(array: mx.array) -> mx.array:

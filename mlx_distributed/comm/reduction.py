@@ -48,7 +48,9 @@ class _BucketState:
     """By owning rank, the ranges of its chunks."""
     trees: list[TreeSum[np.ndarray]]
     """By chunk of the slice that this rank owns."""
-    result: np.ndarray
+    num_elements: int
+    result: np.ndarray | None = None
+    """Made when its first chunk comes, gone when it is taken."""
     missing: list[set[int]] = field(default_factory=list)
     """By owning rank, the chunks of the result that are not here yet."""
 
@@ -75,7 +77,7 @@ class Reduction:
             owned = slices(index, num_elements, dtype.itemsize, size)
             ranges = [chunks(start, stop, dtype.itemsize) for start, stop in owned]
             trees = [TreeSum[np.ndarray](num_leaves) for _ in ranges[rank]]
-            self._buckets.append(_BucketState(dtype, ranges, trees, np.empty(num_elements, dtype)))
+            self._buckets.append(_BucketState(dtype, ranges, trees, num_elements))
 
     def contribute(self, index: int, parts: Mapping[Node, np.ndarray]) -> Iterator[Outgoing]:
         """Put in this rank's partial sums of one bucket: flat buffers, which must not be changed afterwards."""
@@ -135,9 +137,11 @@ class Reduction:
         """Whether every bucket of the result is here and every rank has ended."""
         return not self._not_ended and not any(any(state.missing) for state in self._buckets)
 
-    def results(self) -> list[np.ndarray]:
-        """The summed buckets, flat."""
-        return [state.result for state in self._buckets]
+    def take(self, index: int) -> np.ndarray:
+        """The sum of one bucket, flat. It can be taken once, when `done`, so that host memory is free again."""
+        state = self._buckets[index]
+        result, state.result = state.result, None
+        return np.empty(0, state.dtype) if result is None else result
 
     def _add(self, index: int, chunk: int, node: Node, values: np.ndarray) -> Iterator[Outgoing]:
         state = self._buckets[index]
@@ -161,6 +165,8 @@ class Reduction:
     def _finish_chunk(self, index: int, owner: int, chunk: int, values: np.ndarray) -> None:
         state = self._buckets[index]
         start, stop = state.chunks[owner][chunk]
+        if state.result is None:
+            state.result = np.empty(state.num_elements, state.dtype)
         state.result[start:stop] = values
         state.missing[owner].remove(chunk)
 

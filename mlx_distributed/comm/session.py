@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 
@@ -16,11 +17,14 @@ import numpy as np
 from mlx_distributed.comm.mailbox import MAX_UNREAD_BYTES, Mailbox
 from mlx_distributed.comm.reduction import Outgoing, Reduction
 from mlx_distributed.comm.tree_sum import Node
-from mlx_distributed.comm.wire import Frame, FrameError, Kind, decode, encode
+from mlx_distributed.comm.wire import NOT_AS_EXPECTED, Frame, FrameError, Kind, decode, encode
 from mlx_distributed.errors import CommError
 
 LINGER_S = 0.5
 """How long a rank that leaves because of a failure waits for its peers to read the reason."""
+
+MAX_REASON_CHARS = 2000
+"""Of what a peer says on leaving."""
 
 
 class Link:
@@ -30,7 +34,8 @@ class Link:
         self.read, self.write = read, write
         self.queue: asyncio.Queue[Frame | bytes | None] = asyncio.Queue()
         """To be sent; None ends it."""
-        self.heard_s = time.monotonic()
+        self.moved_s = time.monotonic()
+        """When a frame last went either way: a peer that still takes what we send is not silent."""
         self.left = False
         """The peer has taken its leave, or is gone."""
 
@@ -54,7 +59,8 @@ class Session:
         self._reduction: Reduction | None = None
         self._op = 0
         self._mailbox = Mailbox()
-        self._receiving: set[int] = set()
+        self._awaited: tuple[int, int] | None = None
+        """Peer and tag of the message that is waited for."""
         self._waiters: set[asyncio.Future[None]] = set()
 
     def error(self, name: str, start_s: float) -> CommError:
@@ -87,13 +93,15 @@ class Session:
     def end(self, reduction: Reduction) -> None:
         """This rank has no more parts."""
         self._guard(reduction.end)
+        if reduction.done:
+            self._reduction = None
 
     def post(self, outgoing: Iterable[Outgoing]) -> None:
         """Queue frames for their peers."""
         made: tuple[bytes | memoryview, bytes] | None = None
         for peer, frame in outgoing:
-            if self.failure is not None or peer not in self.links:
-                continue
+            if self.failure is not None:
+                return
             item: Frame | bytes = frame
             if frame.kind is Kind.RESULT:  # The same bytes go to every peer: made once.
                 if made is None or made[0] is not frame.payload:
@@ -103,14 +111,18 @@ class Session:
 
     async def take(self, peer: int, tag: int, name: str) -> list[bytes | memoryview]:
         """The chunks of the next message of `peer` with this tag."""
-        self._receiving.add(peer)
+        self._awaited = (peer, tag)
         self._notify()
-        await self.wait(name, lambda: self._mailbox.has(peer, tag), lambda: {peer})
-        self._receiving.discard(peer)
-        return self._mailbox.take(peer, tag)
+        await self.wait(name, lambda: self._mailbox.has(peer, tag), lambda: {peer}, time.monotonic())
+        self._awaited = None
+        chunks = self._mailbox.take(peer, tag)
+        self._notify()
+        return chunks
 
-    async def wait(self, name: str, done: Callable[[], bool], waiting_for: Callable[[], set[int]]) -> None:
-        """Wait until `done`.
+    async def wait(
+        self, name: str, done: Callable[[], bool], waiting_for: Callable[[], set[int]], begun_s: float
+    ) -> None:
+        """Wait until `done`, in an operation that began at `begun_s` of the monotonic clock.
 
         Raises:
             CommError: the session has failed, or a peer that is waited for has left or been silent for `timeout_s`.
@@ -118,11 +130,11 @@ class Session:
         start_s = time.monotonic()
         while not done():
             if self.failure is not None:
-                raise self.error(name, start_s)
+                raise self.error(name, begun_s)
             left_s = self.timeout_s
             for peer in sorted(waiting_for()):
                 link = self.links.get(peer)
-                silent_s = time.monotonic() - max(link.heard_s if link else start_s, start_s)
+                silent_s = time.monotonic() - max(link.moved_s if link else start_s, start_s)
                 left_s = min(left_s, self.timeout_s - silent_s)
                 if link and link.left:
                     self.fail(peer, "has left the group")
@@ -138,30 +150,42 @@ class Session:
         if self.failure is not None:
             self._leave(link, Frame(Kind.BYE))
         writer = asyncio.create_task(self._write(link))
+        writer.add_done_callback(lambda _: self._notify())
         try:
             while not link.left:
                 data = await link.read()
-                link.heard_s = time.monotonic()
+                link.moved_s = time.monotonic()
                 await self._receive(peer, link, decode(self._tag, data))
         except FrameError as error:
             self.fail(peer, str(error))
         except ConnectionError as error:
             self.fail(peer, f"is gone ({error})")
+        except asyncio.CancelledError:
+            writer.cancel()
+            raise
         finally:
             link.left = True
             self._notify()
             # In peace this takes as long as our own work; after a failure only what it takes to say so.
-            await asyncio.wait([writer], timeout=None if self.failure is None else LINGER_S)
+            await self._until(writer.done)
+            await asyncio.wait([writer], timeout=LINGER_S)
             writer.cancel()
 
     async def close(self) -> None:
-        """Say goodbye to every peer and wait until they have done so too."""
+        """Say goodbye to every peer and wait until they have done so too, within the deadline."""
         if self.failure is None:
             for link in self.links.values():
                 self._leave(link, Frame(Kind.BYE))
-        limit_s = time.monotonic() + (self.timeout_s if self.failure is None else LINGER_S)
-        while not all(link.left for link in self.links.values()) and (left_s := limit_s - time.monotonic()) > 0:
+            await self._until(lambda: not self._staying(), self.timeout_s)
+            if self._staying():
+                self.fail(min(self._staying()), "did not take its leave")
+        limit_s = time.monotonic() + LINGER_S
+        while self._staying() and (left_s := limit_s - time.monotonic()) > 0:
             await self._change(left_s)
+
+    def _staying(self) -> set[int]:
+        """The peers that have not left."""
+        return {peer for peer, link in self.links.items() if not link.left}
 
     def _leave(self, link: Link, frame: Frame) -> None:
         link.queue.put_nowait(frame)
@@ -178,6 +202,7 @@ class Session:
         while (item := await link.queue.get()) is not None:
             try:
                 await link.write(item if isinstance(item, bytes) else encode(self._tag, item))
+                link.moved_s = time.monotonic()
             except ConnectionError:
                 return  # The reading side of the same stream sees it too, and names the peer.
 
@@ -188,7 +213,10 @@ class Session:
             link.left = True
             self._aborted(peer, frame)
         elif frame.kind is Kind.MESSAGE:
-            await self._until(lambda: self._mailbox.unread_bytes[peer] <= MAX_UNREAD_BYTES or peer in self._receiving)
+            full = lambda: self._mailbox.unread_bytes[peer] > MAX_UNREAD_BYTES  # noqa: E731
+            await self._until(lambda: not full() or self._awaits_from(peer))
+            if full() and self._awaited != (peer, frame.op):
+                raise FrameError(f"sent more than {MAX_UNREAD_BYTES >> 20} MiB that nobody has asked for")
             self._mailbox.put(peer, frame)
         else:
             # A peer may be one operation ahead. Not reading on until we get there bounds what it can make us hold.
@@ -200,19 +228,24 @@ class Session:
                 self._reduction = None
         self._notify()
 
+    def _awaits_from(self, peer: int) -> bool:
+        return self._awaited is not None and self._awaited[0] == peer
+
     def _aborted(self, peer: int, frame: Frame) -> None:
         try:
             said = json.loads(bytes(frame.payload))
-            culprit, reason = int(said["peer"]), str(said["reason"])[:2000]
-        except (ValueError, TypeError, KeyError):
+            culprit, reason = int(said["peer"]), str(said["reason"])[:MAX_REASON_CHARS]
+        except NOT_AS_EXPECTED:
             raise FrameError("left without a reason") from None
         if culprit == self.rank:
             culprit, reason = peer, f"gave this worker up: {reason}"
         self.fail(culprit, reason)
 
-    async def _until(self, condition: Callable[[], bool]) -> None:
-        while not condition() and self.failure is None:
-            await self._change(None)
+    async def _until(self, condition: Callable[[], bool], timeout_s: float = math.inf) -> None:
+        """Until the condition holds, the session has failed, or the time is up."""
+        limit_s = time.monotonic() + timeout_s
+        while not condition() and self.failure is None and (left_s := limit_s - time.monotonic()) > 0:
+            await self._change(None if left_s == math.inf else left_s)
 
     def _notify(self) -> None:
         """Something has happened: a frame, a loss, a call of ours. Whoever waits looks again."""

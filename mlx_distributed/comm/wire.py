@@ -65,6 +65,10 @@ class Frame(NamedTuple):
     payload: bytes | memoryview = b""
 
 
+NOT_AS_EXPECTED = (ValueError, TypeError, KeyError, OverflowError, RecursionError)
+"""What taking JSON of a peer apart can raise."""
+
+
 class FrameError(ValueError):
     """Bytes that are not a frame of this group."""
 
@@ -115,9 +119,9 @@ def array_from_chunks(chunks: list[bytes | memoryview]) -> mx.array:
     try:
         meta = json.loads(bytes(chunks[0]))
         dtype, shape = _DTYPES[meta["dtype"]], [int(n) for n in meta["shape"]]
-        if any(n < 0 for n in shape):
+        if any(not 0 <= n < 1 << 31 for n in shape):  # MLX counts dimensions in 32 bits
             raise ValueError(meta)
-    except (ValueError, TypeError, KeyError) as error:
+    except NOT_AS_EXPECTED as error:
         raise FrameError(f"sent an array of unknown dtype or shape ({error})") from None
     body = np.frombuffer(b"".join(chunks[1:]), np.uint8)
     if body.size != math.prod(shape) * dtype.size:

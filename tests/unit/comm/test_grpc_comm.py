@@ -211,6 +211,29 @@ def test_a_stranger_is_refused_and_the_group_goes_on(kwargs: dict, words: str) -
     closing.join()
 
 
+def test_a_rank_that_answers_as_another_is_refused() -> None:
+    comms = [GrpcComm(rank, 3, "run", timeout_s=20) for rank in range(3)]
+    swapped = [comms[rank].address for rank in (0, 2, 1)]
+    with pytest.raises(CommError, match="answers at .* as somebody else: rank . is not expected"):
+        comms[0].connect(swapped)
+    for comm in comms:
+        comm.close()
+
+
+def test_unwanted_messages_beside_the_one_awaited_are_refused_at_the_limit() -> None:
+    def body(comm: GrpcComm) -> None:
+        if comm.rank == 0:
+            for _ in range(6):
+                comm.send(mx.zeros(MAX_UNREAD_BYTES // 4, mx.uint8), 1, 2, "a flood")
+            comm.recv(1, 9, "nothing")
+        else:
+            comm.recv(0, 1, "what never comes")
+
+    for error in run_ranks(2, body):
+        assert isinstance(error, CommError)
+        assert "nobody has asked for" in error.reason
+
+
 def speak(address: str, *messages: bytes) -> grpc.RpcError | bytes:
     """Say what no member would say, over a plain gRPC client; returns the answer."""
     with grpc.insecure_channel(address) as channel:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_distributed.comm.mailbox import Mailbox
+from mlx_distributed.comm.mailbox import CHUNK_COST_BYTES, Mailbox
 from mlx_distributed.comm.wire import CHUNK_BYTES, Frame, FrameError, Kind
 
 
@@ -18,10 +18,10 @@ def test_messages_come_out_by_peer_and_tag_in_the_order_sent() -> None:
     assert not mailbox.has(1, 5)
     mailbox.put(1, message(5, 1, 2, b"b"))
     mailbox.put(1, message(5, 0, 1, b"later"))
-    assert mailbox.unread_bytes == {1: 8, 2: 5}
+    assert mailbox.unread_bytes == {1: 8 + 4 * CHUNK_COST_BYTES, 2: 5 + CHUNK_COST_BYTES}
     assert [mailbox.take(1, 5), mailbox.take(1, 5), mailbox.take(1, 6)] == [[b"a", b"b"], [b"later"], [b"c"]]
     assert not mailbox.has(1, 5)
-    assert mailbox.unread_bytes == {1: 0, 2: 5}
+    assert mailbox.unread_bytes == {1: 0, 2: 5 + CHUNK_COST_BYTES}
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_every_rank_gets_the_canonical_sum(size: int, num_leaves: int, elements:
         for reduction in ranks:
             assert reduction.done
             assert not reduction.waiting_for()
-            assert reduction.results()[index].tobytes() == whole.total.tobytes()
+            assert reduction.take(index).tobytes() == whole.total.tobytes()
 
 
 def test_slices_share_a_large_bucket_and_give_a_small_one_to_one_rank() -> None:
