@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import socket
 import threading
 from typing import Any
@@ -34,6 +35,10 @@ class Control:
         except OSError:
             return None
         return dict(json.loads(line)) if line.endswith("\n") else None
+
+    def heard(self, timeout_s: float) -> bool:
+        """Whether something has come, or the other side has gone, within that time. To be followed by `receive`."""
+        return bool(select.select([self._sock], [], [], timeout_s)[0])
 
     def exit_with_parent(self) -> None:
         """End this process at once when the other side is gone, however it went: nobody would stop it otherwise."""

@@ -27,8 +27,8 @@ def describe(body: Callable[[], int], debug: bool) -> tuple[int, str | None]:
         if debug:
             traceback.print_exc()
         return error.exit_status, str(error)
-    except KeyboardInterrupt:
-        return INTERRUPTED, None
+    except KeyboardInterrupt as interrupt:
+        return INTERRUPTED, str(interrupt) or None
 
 
 def run(body: Callable[[], int], debug: bool) -> int:

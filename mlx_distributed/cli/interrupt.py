@@ -1,22 +1,29 @@
-"""Ctrl-C: the first asks for a stop after the step under way, which is then saved; before training it ends at once."""
+"""Ctrl-C: the first asks for a stop after the step under way, which is then saved; a second one ends at once."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 class Interrupt:
-    """Handles SIGINT and SIGTERM of this process from now on."""
+    """Handles SIGINT and SIGTERM of this process from now on, those that came while they were blocked too."""
 
     def __init__(self) -> None:
         self.requested = False
         self.training = False
-        """Between steps there is something to save; set by the run."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        """There is something to save between steps; set by the run. Otherwise the first signal ends at once."""
+        for number in SIGNALS:
             signal.signal(number, self._handle)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested or not self.training:
+        if not self.training:
             raise KeyboardInterrupt
+        if self.requested:
+            raise KeyboardInterrupt(
+                "interrupted twice: ended without saving; --resume goes on from the last checkpoint"
+            )
         self.requested = True

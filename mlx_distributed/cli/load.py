@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import mlx.nn as nn
 
 from mlx_distributed.comm.base import Communicator
-from mlx_distributed.config import Config
+from mlx_distributed.config import Config, to_dict
 from mlx_distributed.data.plan import Plan
 from mlx_distributed.data.sources import Corpus, read_corpus
 from mlx_distributed.data.template import read_template
@@ -38,7 +39,7 @@ class Loaded:
     rows: TokenizedCorpus
     plan: Plan
     facts: Mapping[str, str]
-    """What decides the result: must be the same on every rank, and when the run is resumed."""
+    """What must stay the same when the run is resumed."""
     example_prompt: str
     """What the user says first, for people to try the model with."""
 
@@ -66,14 +67,16 @@ def load_all(config: Config, comm: Communicator) -> Loaded:
         checkpoint_layers(model)
     model.train()
     facts = {
-        "data": rows.digest,
+        "data": rows.train_digest,
         "model": fingerprint(model, architecture),
         "method": config.method if config.method == "full" else f"{config.method} {asdict(config.lora)}",
         "seed": str(config.seed),
         "train.global_batch_size": str(config.train.global_batch_size),
         "train.micro_batch_size": str(config.train.micro_batch_size),
     }
-    check_same(facts, comm)
+    # A run may go on with other settings, but never with other ones on some of its workers.
+    settings = {name: to_dict(config)[name] for name in ("train", "optimizer", "scheduler", "eval", "checkpoint")}
+    check_same(facts | {"validation data": rows.validation_digest, "configuration": json.dumps(settings)}, comm)
     return Loaded(model, tokenizer, architecture, rows, make_plan(config, rows), facts, example_prompt(corpus))
 
 

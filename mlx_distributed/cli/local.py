@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes.util
-import os
 import signal
 import socket
 import subprocess
@@ -22,12 +21,15 @@ from typing import Any
 
 from mlx_distributed.cli.control import Control
 from mlx_distributed.cli.errors import INTERRUPTED
+from mlx_distributed.cli.interrupt import SIGNALS
 from mlx_distributed.errors import ConfigError
 
 GRACE_S = 30.0
-"""How long rank 0 may take to end after another worker has failed: it saves the last commit."""
+"""How long rank 0 may take to notice that another worker has failed. Then it says that it saves, which has no limit."""
 LAST_S = 2.0
-"""How long the others may take to end after rank 0 has."""
+"""How long the others may take to end when the run has failed."""
+MAX_INTERRUPTS = 3
+"""So many Ctrl-C end workers that do not listen."""
 
 OPENBLAS_HINT = (
     "hint: OpenBLAS is not installed, and the matrix product that comes with MLX for Linux is many times slower; "
@@ -45,11 +47,20 @@ class Worker:
     log_file: Path | None
     error: str | None = None
     """What it said before it ended."""
+    dismissed: bool = False
+    """It was ended from here, for what another one did."""
+
+    def kill(self) -> None:
+        """End it at once, if it has not ended."""
+        if self.process.poll() is None:
+            self.dismissed = True
+            self.process.kill()
+            self.process.wait()
 
     def ending(self) -> str | None:
         """How it failed, where it could not say so itself."""
         status = self.process.returncode
-        if self.error is not None or status in (0, INTERRUPTED):
+        if self.error is not None or self.dismissed or status in (0, INTERRUPTED):
             return None
         if status < 0:
             return f"worker {self.rank} was ended by {signal.Signals(-status).name}"
@@ -73,6 +84,8 @@ def worker_environment(environ: Mapping[str, str], platform: str) -> tuple[dict[
         env.setdefault(name, "1")
     # Every worker tokenises with threads of its own otherwise.
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # gRPC reports a connection that ends on stderr by itself; our errors say it better.
+    env.setdefault("GRPC_VERBOSITY", "NONE")
     hint = None
     if platform == "linux" and "LD_PRELOAD" not in env:
         openblas = find_openblas()
@@ -90,14 +103,20 @@ class LocalGroup:
         jobs: what each worker is told, in rank order.
         log_files: where the output of each worker goes; None leaves it on the console.
         env: environment of the workers.
+        debug: have them print tracebacks.
     """
 
     def __init__(
-        self, jobs: Sequence[Mapping[str, Any]], log_files: Sequence[Path | None], env: Mapping[str, str]
+        self,
+        jobs: Sequence[Mapping[str, Any]],
+        log_files: Sequence[Path | None],
+        env: Mapping[str, str],
+        debug: bool = False,
     ) -> None:
-        self.interrupted = False
+        self._flags = ["--debug"] if debug else []
+        self._num_interrupts = 0
         self._workers: list[Worker] = []
-        self._previous = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = {number: signal.signal(number, self._interrupt) for number in SIGNALS}
         for rank, (job, log_file) in enumerate(zip(jobs, log_files, strict=True)):
             self._workers.append(self._start(rank, log_file, env))
             self._workers[rank].control.send(**job)
@@ -110,9 +129,7 @@ class LocalGroup:
             self._end()
         finally:
             for worker in self._workers:
-                if worker.process.poll() is None:
-                    worker.process.kill()
-                    worker.process.wait()
+                worker.kill()
                 worker.control.close()
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
@@ -122,15 +139,20 @@ class LocalGroup:
         ours, theirs = socket.socketpair()
         with theirs:
             output = None if log_file is None else log_file.open("ab")
-            process = subprocess.Popen(
-                [sys.executable, "-m", "mlx_distributed.cli.worker", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=None if output is None else subprocess.STDOUT,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-                env=dict(env),
-            )
+            # A worker inherits the mask: what is sent before it can handle a signal waits for that.
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            try:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "mlx_distributed.cli.worker", str(theirs.fileno()), *self._flags],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=None if output is None else subprocess.STDOUT,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,
+                    env=dict(env),
+                )
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             if output is not None:
                 output.close()
         return Worker(rank, process, Control(ours), log_file)
@@ -143,6 +165,7 @@ class LocalGroup:
             worker.error = message.get("error")
             if "address" not in message:
                 for waiting in self._workers:
+                    waiting.dismissed = waiting is not worker
                     waiting.control.hang_up()
                 return False
             addresses.append(message["address"])
@@ -151,32 +174,42 @@ class LocalGroup:
         return True
 
     def _wait(self) -> None:
-        """Until rank 0 has ended, or until it had `GRACE_S` to do so after another one has failed."""
-        failed_s: float | None = None
-        while self._workers[0].process.poll() is None:
+        """Until rank 0 has ended; where another one has failed, rank 0 must soon say that it saves, or end."""
+        first, failed_s, saving = self._workers[0], None, False
+        while first.process.poll() is None:
             if failed_s is None and any(worker.process.poll() not in (None, 0) for worker in self._workers):
                 failed_s = time.monotonic()
-            if failed_s is not None and time.monotonic() - failed_s > GRACE_S:
+            if failed_s is not None and not saving and time.monotonic() - failed_s > GRACE_S:
                 return
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._workers[0].process.wait(timeout=0.1)
+            if first.control.heard(0.1):
+                message = first.control.receive()
+                if message is None:
+                    first.process.wait()
+                else:
+                    saving = saving or "saving" in message
+                    first.error = message.get("error")
 
     def _end(self) -> None:
-        limit_s = time.monotonic() + LAST_S
+        """End the others: in peace they end by themselves."""
+        if self._workers[0].process.poll() != 0:
+            limit_s = time.monotonic() + LAST_S
+            for worker in self._workers:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    worker.process.wait(timeout=max(limit_s - time.monotonic(), 0.0))
+                worker.kill()
         for worker in self._workers:
-            try:
-                worker.process.wait(timeout=max(limit_s - time.monotonic(), 0.0))
-            except subprocess.TimeoutExpired:
-                worker.process.kill()
-                worker.process.wait()
+            worker.process.wait()
             while (message := worker.control.receive()) is not None:
                 worker.error = message.get("error", worker.error)
 
     def _report(self) -> int:
         """Say on stderr what went wrong, once; returns the exit status."""
+        interrupted = {INTERRUPTED, -signal.SIGINT, -signal.SIGTERM} if self._num_interrupts else {INTERRUPTED}
         statuses = [worker.process.returncode for worker in self._workers]
-        failed = [status for status in statuses if status not in (0, INTERRUPTED)]
-        if statuses[0] == INTERRUPTED or (self.interrupted and not failed):
+        failed = [status for status in statuses if status not in {0, *interrupted}]
+        if statuses[0] in interrupted or (not failed and interrupted & set(statuses)):
+            for note in {worker.error for worker in self._workers if worker.error and "interrupted" in worker.error}:
+                print(note, file=sys.stderr)
             return INTERRUPTED
         # All of them say the same, each from where it stands: the first is enough.
         errors = [worker.error for worker in self._workers if worker.error][:1]
@@ -185,7 +218,7 @@ class LocalGroup:
         return 0 if not failed else ConfigError.exit_status if ConfigError.exit_status in failed else 1
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        self.interrupted = True
+        self._num_interrupts += 1
         for worker in self._workers:
-            if worker.process.poll() is None:
-                os.kill(worker.process.pid, signal.SIGINT)
+            with contextlib.suppress(ProcessLookupError):
+                worker.process.send_signal(signal.SIGINT if self._num_interrupts < MAX_INTERRUPTS else signal.SIGKILL)

@@ -1,18 +1,23 @@
-"""The folder of a run: `config.yaml` (resolved) and `run.json` (who it is), written before anything starts."""
+"""The folder of a run: `config.yaml` (resolved), `run.json` (who it is), and a lock: one run at a time writes here."""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import platform
-import secrets
 import uuid
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import IO
 
 from mlx_distributed import __version__
 from mlx_distributed.config import Config, to_yaml
 from mlx_distributed.errors import ConfigError
+from mlx_distributed.tracking import new_wandb_id
+
+_LOCK, _PENDING, _RECORD_ASIDE = ".lock", ".config.yaml", ".run.json"
 
 
 @dataclass(frozen=True)
@@ -22,37 +27,52 @@ class RunRecord:
     run_id: str
     wandb_id: str
     config_file: Path
-    """The resolved configuration."""
+    """The resolved configuration, until rank 0 accepts it."""
+    lock: IO[bytes]
+    """Held for as long as it is open: until this process ends, however it ends."""
 
 
 def open_output_dir(config: Config, resume: bool) -> RunRecord:
     """Make the folder of a new run, or find the run that it holds.
 
     Raises:
-        ConfigError: the folder holds another run or other files, or cannot be written.
+        ConfigError: the folder holds another run or other files, a run is writing into it, or it cannot be written.
     """
     folder = config.output_dir
-    record_file, config_file = folder / "run.json", folder / "config.yaml"
+    record_file = folder / "run.json"
     try:
         holds_run = record_file.is_file()
         if holds_run and not resume:
             raise ConfigError(
                 f"output_dir={folder} holds a run already; add --resume to go on with it, or take another --output-dir"
             )
-        if not holds_run and folder.exists() and any(folder.iterdir()):
+        ours = {_LOCK, _PENDING, _RECORD_ASIDE}
+        if not holds_run and folder.exists() and any(path.name not in ours for path in folder.iterdir()):
             raise ConfigError(
                 f"output_dir={folder} is not empty and holds no run of this program; choose another --output-dir"
             )
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / _LOCK).open("wb")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"output_dir={folder}: a run is writing into it right now; end that one, or take another --output-dir"
+            ) from None
         if holds_run:
             run_id, wandb_id = _read(record_file)
         else:
-            run_id, wandb_id = uuid.uuid4().hex, secrets.token_hex(4)
-            folder.mkdir(parents=True, exist_ok=True)
+            run_id, wandb_id = uuid.uuid4().hex, new_wandb_id()
             _write(record_file, run_id, wandb_id)
-        config_file.write_text(to_yaml(config), encoding="utf-8")
+        (folder / _PENDING).write_text(to_yaml(config), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"output_dir={folder} cannot be used: {error.strerror or error}") from None
-    return RunRecord(run_id, wandb_id, config_file)
+    return RunRecord(run_id, wandb_id, folder / _PENDING, lock)
+
+
+def accept_config(config: Config) -> None:
+    """Put the configuration in place of the one before, now that nothing speaks against the run."""
+    (config.output_dir / _PENDING).replace(config.output_dir / "config.yaml")
 
 
 def _read(record_file: Path) -> tuple[str, str]:
@@ -64,12 +84,16 @@ def _read(record_file: Path) -> tuple[str, str]:
 
 
 def _write(record_file: Path, run_id: str, wandb_id: str) -> None:
+    """Aside, on disk, then renamed: without it the checkpoints of the run would not be found again."""
     versions = {name: version(name) for name in ("mlx", "mlx-lm", "grpcio", "transformers")}
     record = {
         "run_id": run_id,
         "wandb_id": wandb_id,
         "versions": {"mlx-distributed": __version__, "python": platform.python_version(), **versions},
     }
-    aside = record_file.with_suffix(".tmp")
-    aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    aside.rename(record_file)
+    aside = record_file.with_name(_RECORD_ASIDE)
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(record, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(record_file)

@@ -9,13 +9,14 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_distributed.config import Config
+from mlx_distributed.train.checkpoint import EVAL_LOSS
 from mlx_distributed.train.evaluation import Sample
 from mlx_distributed.train.trainer import StepInfo
 
 LINE_CHARS = 200
 """A prompt or an answer that is longer is cut where it is shown."""
 
-_COMPARED = {"eval/loss": ("held-out loss", "{:.3f}"), "eval/exact_match": ("held-out exact match", "{:.0%}")}
+_COMPARED = {EVAL_LOSS: ("held-out loss", "{:.3f}"), "eval/exact_match": ("held-out exact match", "{:.0%}")}
 
 
 def step_metrics(info: StepInfo) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx_distributed.cli.errors import INTERRUPTED
 from mlx_distributed.cli.interrupt import Interrupt
 from mlx_distributed.cli.load import load_all
+from mlx_distributed.cli.output_dir import accept_config
 from mlx_distributed.cli.report import comparison, next_steps, sample_lines, step_metrics
 from mlx_distributed.comm.base import Communicator
 from mlx_distributed.config import Config
@@ -19,8 +20,8 @@ from mlx_distributed.parallel.mesh import Mesh
 from mlx_distributed.tracking import ConsoleTracker, Trackers, open_tracker
 from mlx_distributed.train.agreement import synchronise
 from mlx_distributed.train.checkpoint import Checkpointer, CheckpointMeta
-from mlx_distributed.train.evaluation import Sample, evaluate_generation, evaluate_loss
-from mlx_distributed.train.hooks import every
+from mlx_distributed.train.evaluation import Sample, evaluate_generation
+from mlx_distributed.train.hooks import Evaluate, Save, every
 from mlx_distributed.train.state import TrainState
 from mlx_distributed.train.trainer import StepInfo, Trainer, make_optimizer
 
@@ -34,6 +35,8 @@ class Job:
     wandb_id: str
     resume: str | None = None
     """`auto`, `last`, `best` or the path of a checkpoint; None starts anew."""
+    on_loss: Callable[[], None] = lambda: None
+    """Called when a peer was lost, before the last commit is saved, which may take a while."""
 
 
 def train(job: Job, comm: Communicator, interrupt: Interrupt) -> int:
@@ -73,51 +76,71 @@ class _Run:
         self.loaded = load_all(config, comm)
         self.state = TrainState(self.loaded.model, {})
         self.state.optimizer = make_optimizer(config).init(self.state.parameters)
-        self.checkpointer = Checkpointer(
+        self.wandb_id = job.wandb_id
+        checkpointer = Checkpointer(
             config.output_dir / "checkpoints", config.checkpoint.save_total_limit, config.checkpoint.keep_best, print
         )
-        resumed = comm.rank == 0 and job.resume is not None and self._restore(job.resume)
+        first = comm.rank == 0
+        resumed = first and job.resume is not None and self._restore(checkpointer, job.resume)
         synchronise(self.state, comm)
-        self.saved = self._savable() if resumed else None
+        if first:
+            accept_config(config)
         self.trackers = self._open_trackers(resumed)
         self.trainer = Trainer(config, self.loaded.plan, self.loaded.rows.train, lambda: interrupt.requested)
+        self.save = Save(checkpointer if first else None, self.trackers, self._describe)
+        self.save.mark(self.state)
+        self.evaluate = Evaluate(
+            self.loaded.rows.validation,
+            config.train.micro_batch_size,
+            comm,
+            self.trackers,
+            self.save if config.checkpoint.keep_best else None,
+        )
 
     def train(self) -> int:
         """Train to the end, or to where somebody wants it to stop; returns the exit status."""
         with self.trackers:
-            self._introduce()
-            before = self._evaluate_at_start()
-            self.interrupt.training = True
-            if self._loop():
-                self.trackers.message(f"interrupted: step {self.state.step} is saved, --resume goes on from there")
-                self.trackers.finish(INTERRUPTED)
-                return INTERRUPTED
-            self.interrupt.training = False
-            self._finish(before)
+            try:
+                self._introduce()
+                before = self._evaluate_at_start()
+                self.interrupt.training = True
+                if self._loop():
+                    self.trackers.message(f"interrupted: step {self.state.step} is saved, --resume goes on from there")
+                    self.trackers.finish(INTERRUPTED)
+                    return INTERRUPTED
+                self.interrupt.training = False
+                self._finish(before)
+            except BaseException as error:
+                self.comm.close(error)  # The peers wait for a word; a tracker may take its time to finish.
+                raise
         return 0
 
     def _loop(self) -> bool:
         """All steps and what happens between them, the last state saved; whether somebody stopped it."""
-        log = every(self.config.logging.steps, self._log)
-        evaluate = every(self.config.eval.steps, self._evaluate)
-        save = every(self.config.checkpoint.steps, self._save)
+        hooks = (
+            self._warn,
+            every(self.config.logging.steps, self._log),
+            every(self.config.eval.steps, self.evaluate),
+            every(self.config.checkpoint.steps, self.save),
+        )
         stopped = False
         try:
             for info in self.trainer.steps(self.state, Mesh(dp=self.comm)):
-                for hook in (self._warn, log, evaluate, save):
+                for hook in hooks:
                     hook(self.state, info)
                 stopped = info.stop_requested
             if not stopped and not self.state.metrics:
-                self._evaluate(self.state)
+                self.evaluate(self.state)
         except CommError:
-            self._save(self.state)  # The state is that of the last commit, and whole.
+            self.job.on_loss()
+            self.save(self.state)  # The state is that of the last commit, and whole.
             raise
-        self._save(self.state)
+        self.save(self.state)
         return stopped
 
-    def _restore(self, which: str) -> bool:
+    def _restore(self, checkpointer: Checkpointer, which: str) -> bool:
         """Take over a checkpoint of this run; whether there was one."""
-        checkpoint = self.checkpointer.find(which)
+        checkpoint = checkpointer.find(which)
         if checkpoint is None:
             print("nothing to resume from: starting at the beginning")
             return False
@@ -126,6 +149,8 @@ class _Run:
         parameters, optimizer = checkpoint.load()
         self.state.restore(parameters, optimizer, meta.step, meta.num_tokens, meta.num_skipped)
         self.state.metrics = dict(meta.metrics)
+        self.wandb_id = meta.wandb_id or self.wandb_id
+        checkpointer.set_aside_after(meta.step)
         print(f"resumed from {checkpoint.folder}, step {meta.step}")
         return True
 
@@ -134,11 +159,22 @@ class _Run:
         total = self.loaded.plan.num_steps
         if self.comm.rank:
             return Trackers([ConsoleTracker(total)])
-        step = self.state.step if resumed else None
         log_file = self.config.output_dir / "logs" / "rank-0.log"
         log_file.parent.mkdir(exist_ok=True)
         log = ConsoleTracker(total, log_file.open("a", encoding="utf-8", buffering=1))
-        return Trackers([open_tracker(self.config, total, self.job.wandb_id, resume_step=step), log])
+        step = self.state.step if resumed else None
+        return Trackers([open_tracker(self.config, total, self.wandb_id, step, self.state.metrics), log])
+
+    def _describe(self, state: TrainState) -> CheckpointMeta:
+        return CheckpointMeta(
+            step=state.step,
+            num_tokens=state.num_tokens,
+            num_skipped=state.num_skipped,
+            run_id=self.job.run_id,
+            wandb_id=self.wandb_id,
+            facts=self.loaded.facts,
+            metrics=state.metrics,
+        )
 
     def _introduce(self) -> None:
         plan, comm = self.loaded.plan, self.comm
@@ -157,42 +193,6 @@ class _Run:
     def _log(self, state: TrainState, info: StepInfo) -> None:
         self.trackers.log(step_metrics(info), info.step)
 
-    def _evaluate(self, state: TrainState, info: StepInfo | None = None) -> None:
-        """Loss over the validation rows; a new best one is saved."""
-        rows = self.loaded.rows.validation
-        if not rows:
-            return
-        state.metrics = evaluate_loss(state.model, rows, self.config.train.micro_batch_size, self.comm)
-        self.trackers.log(state.metrics, state.step)
-        if self.config.checkpoint.keep_best and self._is_best(state):
-            self._save(state)
-
-    def _save(self, state: TrainState, info: StepInfo | None = None) -> None:
-        if self.comm.rank or not state.step or self.saved == self._savable():
-            return
-        meta = CheckpointMeta(
-            step=state.step,
-            num_tokens=state.num_tokens,
-            num_skipped=state.num_skipped,
-            run_id=self.job.run_id,
-            wandb_id=self.job.wandb_id,
-            facts=self.loaded.facts,
-            metrics=state.metrics,
-        )
-        aliases = ["latest", f"step-{state.step}", *(["best"] if self._is_best(state) else [])]
-        folder = self.checkpointer.save(state.parameters, state.optimizer, meta)
-        self.saved = self._savable()
-        self.trackers.checkpoint(folder, state.step, aliases)
-
-    def _savable(self) -> tuple[int, dict[str, float]]:
-        """What tells whether there is anything to save that has not been saved."""
-        return self.state.step, self.state.metrics
-
-    def _is_best(self, state: TrainState) -> bool:
-        """Whether the state has been evaluated, with a lower loss than every checkpoint."""
-        best = self.checkpointer.best_metric()
-        return bool(state.metrics) and (best is None or state.metrics["eval/loss"] < best)
-
     def _generate(self) -> tuple[dict[str, float], list[Sample]]:
         """Exact match of greedy answers to validation prompts, and the answers."""
         rows = self.loaded.rows.validation[: self.config.eval.max_examples]
@@ -207,7 +207,7 @@ class _Run:
         """The figures that those at the end are compared with."""
         if not self.config.eval.at_start or self.state.step:
             return {}
-        self._evaluate(self.state)
+        self.evaluate(self.state)
         return self.state.metrics | (self._generate()[0] if self.config.eval.generate else {})
 
     def _finish(self, before: Mapping[str, float]) -> None:

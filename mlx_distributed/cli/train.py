@@ -96,11 +96,10 @@ def _run_workers(config: Config, record: RunRecord, resume: str | None, debug: b
             "run_id": record.run_id,
             "wandb_id": record.wandb_id,
             "resume": resume,
-            "debug": debug,
         }
         for rank in range(config.parallel.nproc)
     ]
     logs = config.output_dir / "logs"
     logs.mkdir(exist_ok=True)
     log_files = [None if rank == 0 else logs / f"rank-{rank}.log" for rank in range(config.parallel.nproc)]
-    return LocalGroup(jobs, log_files, env).run()
+    return LocalGroup(jobs, log_files, env, debug).run()

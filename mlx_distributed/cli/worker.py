@@ -1,4 +1,4 @@
-"""The program of one worker on this machine: `python -m mlx_distributed.cli.worker FD`, started by `local` only."""
+"""The program of one worker here: `python -m mlx_distributed.cli.worker FD [--debug]`, started by `local` only."""
 
 from __future__ import annotations
 
@@ -12,27 +12,38 @@ from typing import Any
 from mlx_distributed.cli.control import Control
 from mlx_distributed.cli.errors import describe
 from mlx_distributed.cli.interrupt import Interrupt
-from mlx_distributed.cli.run import Job, train
-from mlx_distributed.comm.group import join_group
-from mlx_distributed.config import load_config
+
+MAX_ERROR_CHARS = 4000
+"""The parent reads an error when this process has ended, so that it must fit into the buffer of a socket."""
 
 
-def main(fd: int) -> int:
+def main(fd: int, debug: bool) -> int:
     """Take a job over the line, join the group, train."""
     control = Control(socket.socket(fileno=fd))
-    message = control.receive()
-    if message is None:
-        return 1
-    interrupt = Interrupt()
-    status, error = describe(lambda: _work(message, control, interrupt), debug=message["debug"])
+    message: dict[str, Any] = {}
+
+    def work() -> int:
+        interrupt = Interrupt()  # First of all: the parent has blocked the signals until somebody handles them.
+        message.update(control.receive() or {})
+        return _work(message, control, interrupt) if message else 1
+
+    status, error = describe(work, debug)
     if error is not None:
-        if message["rank"]:  # Its output is its log file. What rank 0 says stands on the console, said by the parent.
+        error = error[:MAX_ERROR_CHARS]
+        if message.get(
+            "rank"
+        ):  # Its output is its log file. What rank 0 says stands on the console, said by the parent.
             print(f"error: {error}", flush=True)
         control.send(error=error)
     return status
 
 
 def _work(message: Mapping[str, Any], control: Control, interrupt: Interrupt) -> int:
+    # These import MLX and mlx-lm, which takes seconds, in which Ctrl-C must be handled already.
+    from mlx_distributed.cli.run import Job, train
+    from mlx_distributed.comm.group import join_group
+    from mlx_distributed.config import load_config
+
     config = load_config(Path(message["config_file"]))
     rank, parallel = message["rank"], config.parallel
 
@@ -46,11 +57,14 @@ def _work(message: Mapping[str, Any], control: Control, interrupt: Interrupt) ->
 
     listen = f"127.0.0.1:{parallel.port + rank if parallel.port else 0}"
     comm = join_group(rank, parallel.nproc, message["secret"], parallel.timeout_s, listen, exchange)
-    return train(Job(config, message["run_id"], message["wandb_id"], message["resume"]), comm, interrupt)
+    job = Job(
+        config, message["run_id"], message["wandb_id"], message["resume"], on_loss=lambda: control.send(saving=True)
+    )
+    return train(job, comm, interrupt)
 
 
 if __name__ == "__main__":
-    code = main(int(sys.argv[1]))
+    code = main(int(sys.argv[1]), "--debug" in sys.argv)
     sys.stdout.flush()
     sys.stderr.flush()
     # Threads of libraries that are still about (the transport of a lost peer, W&B) must not hold up the end.

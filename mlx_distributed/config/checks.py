@@ -187,8 +187,8 @@ def _parallel(parallel: ParallelConfig) -> Iterator[Problem]:
         if len(parallel.share) != nproc:
             rule = f"has {len(parallel.share)} weights for parallel.nproc={nproc}; give {nproc}, or even"
             yield Problem("parallel.share", rule, ("parallel.nproc",))
-        elif min(parallel.share) < 0 or sum(parallel.share) <= 0:
-            yield Problem("parallel.share", "weights must be at least 0 and not all 0; give such weights, or even")
+        elif min(parallel.share) <= 0:
+            yield Problem("parallel.share", "weights must be above 0; give such weights, or start fewer workers")
     if parallel.backend == "native" and nproc > 1:
         yield Problem(
             "parallel.nproc",

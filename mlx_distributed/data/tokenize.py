@@ -43,8 +43,9 @@ class TokenizedCorpus:
     weights: tuple[tuple[int, int, float], ...]
     """Per source: its first row in `train`, the row after its last, and its weight."""
     report: DataReport
-    digest: str
-    """SHA-256 of all tokens and masks: equal where two workers see the same data."""
+    train_digest: str
+    """SHA-256 of the tokens and masks of `train` and of `weights`: equal where two workers train on the same."""
+    validation_digest: str
 
 
 class _Turn(NamedTuple):
@@ -90,7 +91,8 @@ def tokenize_corpus(corpus: Corpus, tokenizer: Any, data: DataConfig) -> Tokeniz
                 f"data.max_seq_length={data.max_seq_length} tokens, {report.num_untrainable} have no trainable token, "
                 f"{sum(report.invalid.values())} are invalid; raise data.max_seq_length or mend the rows"
             )
-    return TokenizedCorpus(train_rows, validation_rows, weights, report, _digest(train_rows, validation_rows))
+    digests = _digest(train_rows, weights), _digest(validation_rows, ())
+    return TokenizedCorpus(train_rows, validation_rows, weights, report, *digests)
 
 
 def collate(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
@@ -262,11 +264,9 @@ class _Encoder:
         return bool(normalizer.normalize_str(decoded) == normalizer.normalize_str(text))
 
 
-def _digest(*sides: list[Row]) -> str:
-    digest = hashlib.sha256()
-    for rows in sides:
-        digest.update(len(rows).to_bytes(8, "little"))
-        for row in rows:
-            digest.update(len(row.tokens).to_bytes(8, "little"))
-            digest.update(row.tokens.astype("<i4").tobytes() + row.loss_mask.tobytes())
+def _digest(rows: list[Row], weights: tuple[tuple[int, int, float], ...]) -> str:
+    digest = hashlib.sha256(repr((len(rows), weights)).encode())
+    for row in rows:
+        digest.update(len(row.tokens).to_bytes(8, "little"))
+        digest.update(row.tokens.astype("<i4").tobytes() + row.loss_mask.tobytes())
     return digest.hexdigest()

@@ -54,7 +54,7 @@ def prepare(model: nn.Module, method: Method, lora: LoraConfig, seed: int) -> No
         model.unfreeze()
     else:
         num_layers, keys = num_lora_layers(model, lora), _lora_keys(model, method, lora)
-        parameters = {"rank": lora.rank, "scale": lora_scale(lora), "dropout": lora.dropout, "keys": keys}
+        parameters = {"rank": lora.rank, "scale": lora.effective_scale, "dropout": lora.dropout, "keys": keys}
         model.freeze()
         mx.random.seed(seed)
         linear_to_lora_layers(model, num_layers, parameters, use_dora=method == "dora")
@@ -110,11 +110,6 @@ def num_lora_layers(model: nn.Module, lora: LoraConfig) -> int:
             f"use 1 to {num_layers}, or -1 for all"
         )
     return lora.num_layers
-
-
-def lora_scale(lora: LoraConfig) -> float:
-    """The factor of the low-rank update: `scale` itself, or alpha / rank."""
-    return (DEFAULT_ALPHA if lora.alpha is None else lora.alpha) / lora.rank if lora.scale is None else lora.scale
 
 
 def _lora_keys(model: nn.Module, method: Method, lora: LoraConfig) -> list[str]:

@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx_distributed.config.schema import LoraConfig, ModelConfig
 from mlx_distributed.errors import CheckpointError
 from mlx_distributed.models.load import locate
-from mlx_distributed.models.prepare import Method, layers, lora_scale, num_lora_layers, trainable
+from mlx_distributed.models.prepare import Method, layers, num_lora_layers, trainable
 from mlx_distributed.models.upstream import TokenizerWrapper, save_config, save_model
 
 
@@ -71,7 +71,7 @@ def _write_adapter(folder: Path, model: nn.Module, source: ModelConfig, method: 
         "num_layers": num_lora_layers(model, lora),
         "lora_parameters": {
             "rank": lora.rank,
-            "scale": lora_scale(lora),
+            "scale": lora.effective_scale,
             "dropout": lora.dropout,
             "keys": sorted(keys),
         },

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from mlx_distributed.errors import ConfigError, TrainingError
@@ -19,18 +19,19 @@ class JsonlTracker:
     Args:
         path: the file; its folder is made.
         resume_step: step of the checkpoint that the run goes on from. Lines of later steps are dropped, and so is a
-            line torn by a kill, so that the steps are those of a run never interrupted. None starts an empty file.
+            line torn by a kill, so that the lines are those of a run never interrupted. None starts an empty file.
+        resume_metrics: evaluations of that step that the checkpoint holds; others of it will be made again.
 
     Raises:
         ConfigError: the file cannot be written.
     """
 
-    def __init__(self, path: Path, resume_step: int | None = None) -> None:
+    def __init__(self, path: Path, resume_step: int | None = None, resume_metrics: Collection[str] = ()) -> None:
         self._path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if resume_step is not None and path.exists():
-                _drop_lines_after(path, resume_step)
+                _drop_lines_after(path, resume_step, resume_metrics)
             self._file = path.open("w" if resume_step is None else "a", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another output_dir") from error
@@ -58,18 +59,18 @@ class JsonlTracker:
             self._file.close()
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    kept = [line for line in path.read_bytes().splitlines(keepends=True) if _step_of(line) <= step]
+def _drop_lines_after(path: Path, step: int, evaluated: Collection[str]) -> None:
+    kept = [line for line in path.read_bytes().splitlines(keepends=True) if _stays(line, step, evaluated)]
     aside = path.with_name(path.name + ".tmp")
     aside.write_bytes(b"".join(kept))
     aside.replace(path)
 
 
-def _step_of(line: bytes) -> float:
-    """Infinity for a line that is not whole."""
-    if not line.endswith(b"\n"):
-        return math.inf
+def _stays(line: bytes, step: int, evaluated: Collection[str]) -> bool:
+    """Whether a line is whole, and its metrics will not be measured again by a run that goes on from `step`."""
     try:
-        return int(json.loads(line)["step"])
+        metrics = json.loads(line) if line.endswith(b"\n") else {}
+        at = int(metrics["step"])
     except (ValueError, KeyError, TypeError):
-        return math.inf
+        return False
+    return at < step or (at == step and all(name in evaluated for name in metrics if name.startswith("eval/")))

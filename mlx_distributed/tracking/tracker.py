@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -62,7 +62,13 @@ class Trackers:
         self.finish(_exit_status(error))
 
 
-def open_tracker(config: Config, total_steps: int, wandb_id: str, resume_step: int | None = None) -> Trackers:
+def open_tracker(
+    config: Config,
+    total_steps: int,
+    wandb_id: str,
+    resume_step: int | None = None,
+    resume_metrics: Collection[str] = (),
+) -> Trackers:
     """What `config` asks for: metrics.jsonl and the console always, Weights & Biases where a project is set.
 
     Args:
@@ -70,12 +76,13 @@ def open_tracker(config: Config, total_steps: int, wandb_id: str, resume_step: i
         total_steps: optimizer steps of the whole run.
         wandb_id: of this run, from `new_wandb_id` or from the checkpoint.
         resume_step: step of the checkpoint that the run goes on from; None for a new run.
+        resume_metrics: evaluations of that step that the checkpoint holds.
 
     Raises:
         ConfigError: `output_dir` cannot be written.
     """
     console = ConsoleTracker(total_steps)
-    trackers: list[Tracker] = [JsonlTracker(config.output_dir / "metrics.jsonl", resume_step), console]
+    trackers: list[Tracker] = [JsonlTracker(config.output_dir / "metrics.jsonl", resume_step, resume_metrics), console]
     if config.wandb.project is not None and config.wandb.mode != "disabled":
         resolved = to_dict(config)
         trackers.append(WandbTracker(config.wandb, wandb_id, resolved, config.output_dir, notify=console.message))

@@ -39,15 +39,16 @@ def check_same(facts: Mapping[str, str], comm: Communicator) -> None:
 
 
 def synchronise(state: TrainState, comm: Communicator) -> None:
-    """Give every rank the state of rank 0, where some rank has another one. Costs a digest where all are equal."""
+    """Give every rank the state of rank 0. Where all are equal, that costs a digest."""
     counters = [state.step, state.num_tokens, state.num_skipped]
-    mine = json.dumps([counters, state.digest()]).encode()
-    digests = [np.asarray(d).tobytes() for d in comm.all_gather(mx.array(np.frombuffer(mine, np.uint8)), "the state")]
-    if all(digest == digests[0] for digest in digests):
-        return
-    counters = json.loads(digests[0])[0]
-    parameters = _broadcast(state.parameters, comm, "the parameters")
-    state.restore(parameters, _broadcast(state.optimizer, comm, "the optimizer's state"), *counters)
+    mine = json.dumps([counters, state.digest(), state.metrics]).encode()
+    gathered = comm.all_gather(mx.array(np.frombuffer(mine, np.uint8)), "the state")
+    theirs = [json.loads(np.asarray(array).tobytes()) for array in gathered]
+    if any(other[:2] != theirs[0][:2] for other in theirs):
+        parameters = _broadcast(state.parameters, comm, "the parameters")
+        state.restore(parameters, _broadcast(state.optimizer, comm, "the optimizer's state"), *theirs[0][0])
+    # Whether there is something to evaluate or to save must look the same everywhere.
+    state.metrics = theirs[0][2]
 
 
 def _broadcast(arrays: Arrays, comm: Communicator, what: str) -> Arrays:

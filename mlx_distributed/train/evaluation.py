@@ -19,6 +19,7 @@ from mlx_distributed.data.tokenize import Row, collate, prompt_and_reference
 from mlx_distributed.evaluate.generate import generate
 from mlx_distributed.models.upstream import TokenizerWrapper
 from mlx_distributed.parallel.data import share
+from mlx_distributed.train.checkpoint import EVAL_LOSS
 from mlx_distributed.train.loss import summed_loss
 from mlx_distributed.train.tally import Tally
 
@@ -56,7 +57,7 @@ def evaluate_loss(model: nn.Module, rows: Sequence[Row], micro_batch_size: int, 
     own = ({node: buckets[i] for node, buckets in parts.items()} for i in range(len(layout)))
     reduced = comm.all_reduce(layout, len(batches), own, "the validation loss")
     loss = Tally.pop(from_buckets(layout, reduced)).mean_loss
-    return {"eval/loss": loss, "eval/perplexity": math.exp(loss) if loss < 700 else math.inf}
+    return {EVAL_LOSS: loss, "eval/perplexity": math.exp(loss) if loss < 700 else math.inf}
 
 
 def evaluate_generation(

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
+from mlx_distributed.comm.base import Communicator
+from mlx_distributed.data.tokenize import Row
+from mlx_distributed.tracking import Tracker
+from mlx_distributed.train.checkpoint import EVAL_LOSS, Checkpointer, CheckpointMeta
+from mlx_distributed.train.evaluation import evaluate_loss
 from mlx_distributed.train.state import TrainState
 from mlx_distributed.train.trainer import StepInfo
 
@@ -18,3 +24,65 @@ def every(num_steps: int | None, hook: Hook) -> Hook:
             hook(state, info)
 
     return hook_when_due
+
+
+class Save:
+    """Saves the state where there is something to save that has not been saved. Rank 0 saves for all.
+
+    Args:
+        checkpointer: None where another rank saves.
+        tracker: is told of each checkpoint.
+        describe: what a checkpoint says of a state.
+    """
+
+    def __init__(
+        self, checkpointer: Checkpointer | None, tracker: Tracker, describe: Callable[[TrainState], CheckpointMeta]
+    ) -> None:
+        self._checkpointer, self._tracker, self._describe = checkpointer, tracker, describe
+        best = checkpointer.best_metric() if checkpointer else None
+        self._best_loss = math.inf if best is None else best
+        self._saved: tuple[int, dict[str, float]] = (0, {})
+
+    def mark(self, state: TrainState) -> None:
+        """The state has just been restored from a checkpoint: there is nothing new in it."""
+        self._saved = (state.step, state.metrics)
+
+    def is_best(self, state: TrainState) -> bool:
+        """Whether the state has been evaluated, with a lower loss than all that were saved."""
+        return state.metrics.get(EVAL_LOSS, math.inf) < self._best_loss
+
+    def __call__(self, state: TrainState, info: StepInfo | None = None) -> None:
+        """Raises CheckpointError where that fails."""
+        if self._checkpointer is None or not state.step or self._saved == (state.step, state.metrics):
+            return
+        aliases = ["latest", f"step-{state.step}", *(["best"] if self.is_best(state) else [])]
+        folder = self._checkpointer.save(state.parameters, state.optimizer, self._describe(state))
+        self._best_loss = min(self._best_loss, state.metrics.get(EVAL_LOSS, math.inf))
+        self._saved = (state.step, state.metrics)
+        self._tracker.checkpoint(folder, state.step, aliases)
+
+
+class Evaluate:
+    """Measures the loss over the validation rows, on all ranks together; does nothing where there are none.
+
+    Args:
+        rows: for validation.
+        micro_batch_size: sequences at a time.
+        comm: over which the rows are shared.
+        tracker: is told the figures.
+        save_best: called where the state is the best so far; None where that does not matter.
+    """
+
+    def __init__(
+        self, rows: Sequence[Row], micro_batch_size: int, comm: Communicator, tracker: Tracker, save_best: Save | None
+    ) -> None:
+        self._rows, self._micro_batch_size, self._comm = rows, micro_batch_size, comm
+        self._tracker, self._save_best = tracker, save_best
+
+    def __call__(self, state: TrainState, info: StepInfo | None = None) -> None:
+        if not self._rows:
+            return
+        state.metrics = evaluate_loss(state.model, self._rows, self._micro_batch_size, self._comm)
+        self._tracker.log(state.metrics, state.step)
+        if self._save_best is not None and self._save_best.is_best(state):
+            self._save_best(state)

@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from mlx_distributed.errors import CheckpointError
 from mlx_distributed.models import trainable
 from mlx_distributed.parallel.adamw import Arrays, DistributedAdamW
 
@@ -79,8 +80,21 @@ class TrainState:
         self.metrics = {}
 
     def restore(self, parameters: Arrays, optimizer: Arrays, step: int, num_tokens: int, num_skipped: int) -> None:
-        """Take over a saved state; names and shapes must be those of the model."""
+        """Take over a saved state.
+
+        Raises:
+            CheckpointError: a name, a shape or a dtype is not that of the model; nothing is taken over then.
+        """
+        for mine, theirs in ((self.parameters, parameters), (self.optimizer, optimizer)):
+            for name in sorted(mine.keys() | theirs.keys()):
+                expected, found = (_kind(arrays.get(name)) for arrays in (mine, theirs))
+                if expected != found:
+                    raise CheckpointError(f"the saved state does not fit: {name} is {found} there and {expected} here")
         self.model.update(tree_unflatten(list(parameters.items())))
         self.optimizer = dict(optimizer)
         self.step, self.num_tokens, self.num_skipped = step, num_tokens, num_skipped
         mx.eval(self.parameters, self.optimizer)
+
+
+def _kind(array: mx.array | None) -> str:
+    return "missing" if array is None else f"{array.dtype}{tuple(array.shape)}"

@@ -158,6 +158,7 @@ class Trainer:
             del gradients, bucket
             mx.eval(loss, [] if last else [tree.parts for tree in trees])
             tally.losses[i] = loss.item()
+            mesh.dp.check(f"all_reduce of the gradients of step {state.step + 1}")
         for tree in trees:
             mx.eval(list(tree.parts.values()))
             yield dict(tree.parts)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
+import itertools
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +75,15 @@ class Checkpointer:
         """The lowest `EVAL_LOSS` that was saved; None where none was measured."""
         metrics = [checkpoint.meta.metrics for checkpoint in readable(self.folder, _ignore)]
         return min((metrics[EVAL_LOSS] for metrics in metrics if EVAL_LOSS in metrics), default=None)
+
+    def set_aside_after(self, step: int) -> None:
+        """Rename the checkpoints of later steps, so that a run that goes back to `step` does not meet them again."""
+        for checkpoint in list(readable(self.folder, _ignore)):
+            if checkpoint.meta.step > step:
+                names = (f"former-{checkpoint.folder.name.lstrip('.')}-{number}" for number in itertools.count(1))
+                aside = next(path for path in map(self.folder.joinpath, names) if not path.exists())
+                checkpoint.folder.rename(aside)
+                self.notice(f"going back behind step {checkpoint.meta.step}: its checkpoint is kept as {aside}")
 
     def save(self, parameters: Arrays, optimizer: Arrays, meta: CheckpointMeta) -> Path:
         """Write a checkpoint, which is on disk when this returns, and then remove those that need not be kept.
@@ -159,12 +171,15 @@ class _HashingWriter(io.BufferedWriter):
 
 def _write(folder: Path, arrays: Mapping[str, Arrays], meta: CheckpointMeta) -> None:
     """Make the folder of a checkpoint, the manifest last, everything on disk."""
-    folder.mkdir(parents=True)
+    if not folder.parent.exists():
+        folder.parent.mkdir(parents=True)
+        _sync_folder(folder.parent.parent)
+    folder.mkdir()
     files = {name: _write_arrays(folder / name, arrays[name]) for name in FILES}
     with (folder / MANIFEST).open("w", encoding="utf-8") as file:
         file.write(Manifest(files, meta).to_json())
         file.flush()
-        os.fsync(file.fileno())
+        _sync(file.fileno())
     _sync_folder(folder)
 
 
@@ -173,15 +188,23 @@ def _write_arrays(path: Path, arrays: Arrays) -> FileEntry:
     with _HashingWriter(path) as file:
         mx.save_safetensors(file, arrays, metadata={"format": "mlx"})
         file.flush()
-        os.fsync(file.fileno())
+        _sync(file.fileno())
         return FileEntry(file.tell(), file.sha256.hexdigest())
+
+
+def _sync(descriptor: int) -> None:
+    """Put what was written on disk; on macOS, `fsync` leaves it in the cache of the drive."""
+    if sys.platform == "darwin":
+        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(descriptor)
 
 
 def _sync_folder(folder: Path) -> None:
     """Put the names in a folder on disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _sync(descriptor)
     finally:
         os.close(descriptor)
 

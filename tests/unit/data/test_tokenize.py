@@ -353,12 +353,15 @@ def test_the_digest_is_that_of_tokens_masks_and_sides(make_tokenizer: Make) -> N
     tokenizer = make_tokenizer()
     a, b = talk("q", "a"), talk("q", "b")
 
-    def digest(train: list[Conversation], validation: list[Conversation], **data: Any) -> str:
-        return tokenize_corpus(corpus(train, validation), tokenizer, DataConfig(**data)).digest
+    def digests(train: list[Conversation], validation: list[Conversation], **data: Any) -> tuple[str, str]:
+        done = tokenize_corpus(corpus(train, validation), tokenizer, DataConfig(**data))
+        return done.train_digest, done.validation_digest
 
-    assert digest([a, b], []) == digest([a, b], [])
-    others = [digest([b, a], []), digest([a], [b]), digest([a, b], [], train_on_eos=False), digest([a, a], [])]
-    assert len({digest([a, b], []), *others}) == 5
+    assert digests([a, b], []) == digests([a, b], [])
+    others = [digests([b, a], []), digests([a], [b]), digests([a, b], [], train_on_eos=False), digests([a, a], [])]
+    assert len({digests([a, b], [])[0], *(train for train, _ in others)}) == 5
+    assert digests([a], [b])[0] == digests([a], [a])[0]
+    assert digests([a], [b])[1] != digests([a], [a])[1]
 
 
 def test_more_conversations_than_are_tokenised_at_once(make_tokenizer: Make) -> None:
