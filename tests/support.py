@@ -6,8 +6,10 @@ import contextlib
 import io
 import json
 import os
+import random
 import select
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -48,22 +50,14 @@ def write_rows(path: Path, num_rows: int = 50) -> Path:
     return path
 
 
-def write_config(path: Path, **sections: object) -> Path:
-    """`CONFIG` as a file, each of the sections given laid over its own."""
-    config = dict(CONFIG)
-    for name, section in sections.items():
-        old = config.get(name)
-        config[name] = {**old, **section} if isinstance(old, Mapping) and isinstance(section, Mapping) else section
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    return path
-
-
 def write_workspace(folder: Path) -> Path:
     """A folder with data, a model with tied embeddings, one without, and `CONFIG`, whose path is returned."""
     write_rows(folder / "rows.jsonl")
     tiny_model(folder / "tied")
     tiny_model(folder / "untied", tied=False)
-    return write_config(folder / "config.yaml")
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
+    return config
 
 
 @dataclass(frozen=True)
@@ -73,14 +67,15 @@ class Done:
     status: int
     stdout: str
     stderr: str
+    """But for a hint about the machine."""
 
     @property
     def error(self) -> str:
-        """What stderr says after "error: ", which stands there once, and without a traceback."""
-        assert "Traceback" not in self.stdout + self.stderr
-        _, *errors = f"\n{self.stderr}".split("\nerror: ")
-        assert len(errors) == 1, self.stderr
-        return errors[0]
+        """What stderr says after "error: ", which stands there once and alone."""
+        assert self.stderr.startswith("error: "), self
+        assert "\nerror: " not in self.stderr, self
+        assert "Traceback" not in self.stdout + self.stderr, self
+        return self.stderr.removeprefix("error: ")
 
 
 class Run:
@@ -89,12 +84,11 @@ class Run:
     Args:
         config: file of the run.
         arguments: further ones of the command line.
-        popen: further ones of `subprocess.Popen`.
     """
 
-    def __init__(self, config: Path, *arguments: str | Path, **popen: Any) -> None:
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        self._process = subprocess.Popen([MLX_TRAIN, "--config", config, *arguments], **pipes, **popen)
+    def __init__(self, config: Path, *arguments: str | Path) -> None:
+        command = [MLX_TRAIN, "--config", config, *arguments]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self._workers: list[int] = []
         self._stdout = ""
 
@@ -122,9 +116,8 @@ class Run:
 
     @property
     def workers(self) -> list[int]:
-        """Process ids in rank order. The first call must come while all of them run."""
-        if not self._workers:
-            self._workers = children(self._process.pid)
+        """Process ids of those that were seen, in rank order; the last ones once they have ended."""
+        self._workers = children(self._process.pid) or self._workers
         return self._workers
 
     def interrupt(self) -> None:
@@ -148,12 +141,13 @@ class Run:
         assert self._process.stdout is not None
         assert self._process.stderr is not None
         self._stdout += self._process.stdout.read()
-        return Done(self._process.wait(), self._stdout, self._process.stderr.read())
+        stderr = self._process.stderr.read().removeprefix(f"{OPENBLAS_HINT}\n")
+        return Done(self._process.wait(), self._stdout, stderr)
 
 
-def train(config: Path, *arguments: str | Path, **popen: Any) -> Done:
+def train(config: Path, *arguments: str | Path) -> Done:
     """`mlx-train`, from the beginning to the end."""
-    with Run(config, *arguments, **popen) as run:
+    with Run(config, *arguments) as run:
         return run.wait()
 
 
@@ -165,7 +159,7 @@ def train_all(config: Path, runs: Mapping[Path, Sequence[str]]) -> None:
         ]
         for run in started:
             done = run.wait()
-            assert (done.status, done.stderr.replace(OPENBLAS_HINT, "").strip()) == (0, ""), done
+            assert (done.status, done.stderr) == (0, ""), done
 
 
 def children(pid: int) -> list[int]:
@@ -194,6 +188,22 @@ def ends_within(pid: int, limit_s: float) -> bool:
         os.close(descriptor)
 
 
+def free_ports(count: int) -> int:
+    """The first of so many neighbouring ports of the loopback interface that nobody uses.
+
+    They are below those that systems give to outgoing connections (from 32768 on Linux, from 49152 on macOS).
+    """
+    while True:
+        first = random.randint(20000, 30000)
+        with contextlib.ExitStack() as stack:
+            try:
+                for port in range(first, first + count):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return first
+
+
 def digest(path: Path) -> str:
     """What `mlx-distributed digest` prints."""
     with contextlib.redirect_stdout(io.StringIO()) as stdout:
@@ -204,9 +214,7 @@ def digest(path: Path) -> str:
 def metrics(output_dir: Path) -> list[dict[str, float]]:
     """The lines of metrics.jsonl without what differs from machine to machine."""
     lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [
-        {name: value for name, value in json.loads(line).items() if not name.startswith("perf/")} for line in lines
-    ]
+    return [{name: value for name, value in json.loads(line).items() if not name.startswith("perf/")} for line in lines]
 
 
 def steps(output_dir: Path) -> list[int]:

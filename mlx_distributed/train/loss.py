@@ -45,6 +45,6 @@ def _sum(values: mx.array) -> mx.array:
     three of their seven digits."""
     while values.size > 1:
         whole = values.size // SUM_BLOCK * SUM_BLOCK
-        blocks = values[:whole].reshape(-1, SUM_BLOCK).sum(axis=1)
-        values = mx.concatenate([blocks, values[whole:].sum(keepdims=True)])
+        blocks, rest = values[:whole].reshape(-1, SUM_BLOCK).sum(axis=1), values[whole:]
+        values = mx.concatenate([blocks, rest.sum(keepdims=True)]) if rest.size else blocks
     return values.sum()

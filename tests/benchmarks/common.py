@@ -28,9 +28,11 @@ from typing import Any, ParamSpec, TypeVar
 
 from mlx_distributed.cli.local import worker_environment
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 MODELS: dict[str, dict[str, Any]] = {
+    "2M": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4},
     "10M": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4},
     "50M": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8},
 }
@@ -90,7 +92,10 @@ def write_rows(file: Path, num_rows: int, num_words: tuple[int, int], seed: int 
     syllables = [a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u", "an", "er", "is", "ol", "um")]
     words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(20000)]
     rows = [
-        {"instruction": " ".join(rng.choices(words, k=8)), "output": " ".join(rng.choices(words, k=rng.randint(*num_words)))}
+        {
+            "instruction": " ".join(rng.choices(words, k=8)),
+            "output": " ".join(rng.choices(words, k=rng.randint(*num_words))),
+        }
         for _ in range(num_rows)
     ]
     file.write_text(json.dumps(rows), encoding="utf-8")
@@ -166,12 +171,15 @@ def _pin(parent: int, cores: Sequence[int]) -> None:
         return  # it has just ended
 
 
-def interleave(sides: Mapping[str, Callable[[int], T]], num_rounds: int) -> dict[str, list[T]]:
-    """Call every side once per round, one after the other, so that a busy machine is busy for all of them."""
+def interleave(sides: Mapping[str, Callable[[Path], T]], num_rounds: int, folder: Path) -> dict[str, list[T]]:
+    """Call every side once per round, one after the other, so that a busy machine is busy for all of them.
+
+    A side is given the name of a folder of its own for each call, which does not exist yet.
+    """
     results: dict[str, list[T]] = {name: [] for name in sides}
     for number in range(num_rounds):
         for name, side in sides.items():
-            results[name].append(side(number))
+            results[name].append(side(folder / f"{name}-{number}"))
     return results
 
 

@@ -5,24 +5,26 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support import NUM_STEPS, Run, checkpoints, digest, ends_within, metrics, steps, train, train_all
 
-MOMENTS = {
-    "a step": ([], None),
-    "another step": ([], None),
-    "checkpoint begun": (["checkpoint.steps=1"], ".step-*.tmp"),
-    "checkpoint almost whole": (["checkpoint.steps=1"], ".step-*.tmp/manifest.json"),
+SAVE_ALWAYS = ["checkpoint.steps=1"]
+MOMENTS: dict[str, tuple[list[str], str | None, str]] = {
+    "a step": ([], None, "1"),
+    "another step": ([], None, "3"),
+    "checkpoint begun": (SAVE_ALWAYS, ".step-*.tmp", "3"),
+    "checkpoint almost whole": (SAVE_ALWAYS, ".step-*.tmp/manifest.json", "1"),
 }
-"""How the run is configured, and what is in the folder of its checkpoints when it is killed."""
+"""How the run is configured, what is in the folder of its checkpoints when it is killed, and who goes on besides."""
 
 
-def resume_everywhere(config: Path, killed: Path, undisturbed: Path) -> None:
-    """Go on from copies of what is left, with one, two and three workers."""
-    copies = {killed.with_name(f"resumed by {nproc}"): ["--resume", "--nproc", nproc] for nproc in ("1", "2", "3")}
+def resume(config: Path, killed: Path, undisturbed: Path, *nprocs: str) -> None:
+    """Go on from copies of what is left."""
+    copies = {killed.with_name(f"resumed by {nproc}"): ["--resume", "--nproc", nproc] for nproc in nprocs}
     for copy in copies:
         shutil.copytree(killed, copy)
     train_all(config, copies)
@@ -32,26 +34,18 @@ def resume_everywhere(config: Path, killed: Path, undisturbed: Path) -> None:
         assert all(path.name.startswith("step-") for path in (copy / "checkpoints").iterdir()), copy
 
 
-@pytest.mark.parametrize(("arguments", "sign"), MOMENTS.values(), ids=MOMENTS)
-def test_kill_of_everything(
-    config: Path,
-    undisturbed: Path,
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
-    arguments: list[str],
-    sign: str | None,
-) -> None:
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_kill_of_everything(config: Path, undisturbed: Path, tmp_path: Path, moment: str) -> None:
+    arguments, sign, other = MOMENTS[moment]
     killed = tmp_path / "killed"
-    at = random.Random(request.node.callspec.id).randint(1, NUM_STEPS - 5)
     with Run(config, *arguments, "--nproc", "2", "--output-dir", killed) as run:
-        run.read_until(f"step {at}/")
-        assert len(run.workers) == 2
+        run.read_until(f"step {random.Random(moment).randint(1, NUM_STEPS // 2)}/")
         if sign is not None:
             run.spin_until(lambda: [*(killed / "checkpoints").glob(sign)])
         run.kill()
-        assert run.wait().status == -9
+        assert run.wait().status == -signal.SIGKILL
     assert not (killed / "final").exists()
-    resume_everywhere(config, killed, undisturbed)
+    resume(config, killed, undisturbed, "2", other)
 
 
 def test_workers_end_when_the_command_is_killed(config: Path, undisturbed: Path, tmp_path: Path) -> None:
@@ -59,12 +53,11 @@ def test_workers_end_when_the_command_is_killed(config: Path, undisturbed: Path,
     with Run(config, "--nproc", "3", "--output-dir", killed) as run:
         run.read_until("step 8/")
         workers = run.workers
+        assert len(workers) == 3
         run.kill_parent()
         assert all(ends_within(pid, 5.0) for pid in workers)
     assert not (killed / "final").exists()
-    done = train(config, "--resume", "--output-dir", killed)
-    assert done.status == 0, done
-    assert digest(killed) == digest(undisturbed)
+    resume(config, killed, undisturbed, "1")
 
 
 def test_ctrl_c_saves(config: Path, undisturbed: Path, tmp_path: Path) -> None:
@@ -82,6 +75,38 @@ def test_ctrl_c_saves(config: Path, undisturbed: Path, tmp_path: Path) -> None:
     assert done.status == 0, done
     assert digest(stopped) == digest(undisturbed)
     assert metrics(stopped) == metrics(undisturbed)
+
+
+def test_ctrl_c_twice(config: Path, undisturbed: Path, tmp_path: Path) -> None:
+    stopped = tmp_path / "stopped"
+    with Run(config, "--nproc", "2", "--output-dir", stopped) as run:
+        run.read_until("step 9/")
+        run.interrupt()
+        run.interrupt()
+        assert run.wait().status == 130
+    resume(config, stopped, undisturbed, "1")
+
+
+def test_ctrl_c_while_workers_start(config: Path, tmp_path: Path) -> None:
+    with Run(config, "--nproc", "2", "--output-dir", tmp_path / "out") as run:
+        run.spin_until(lambda: len(run.workers) == 2)
+        run.interrupt()
+        done = run.wait()
+    assert (done.status, done.stdout, done.stderr) == (130, "", "")
+    assert checkpoints(tmp_path / "out") == []
+
+
+def test_two_runs_do_not_share_a_folder(config: Path, undisturbed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with Run(config, "--output-dir", folder) as run:
+        run.read_until("step 1/")
+        second = train(config, "--resume", "--output-dir", folder)
+        first = run.wait()
+    assert second.status == 2
+    assert "a run is writing into it right now" in second.error
+    assert (first.status, first.stderr) == (0, "")
+    assert digest(folder) == digest(undisturbed)
+    assert metrics(folder) == metrics(undisturbed)
 
 
 def truncate(folder: Path) -> None:

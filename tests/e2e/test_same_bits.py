@@ -17,9 +17,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("model", ["tied", "untied"])
 @pytest.mark.parametrize("method", [["method=lora", "lora.dropout=0.1"], ["method=full"]], ids=["lora", "full"])
-def test_every_way_to_compute_gives_the_same_model(
-    config: Path, tmp_path: Path, method: list[str], model: str
-) -> None:
+def test_every_way_to_compute_gives_the_same_model(config: Path, tmp_path: Path, method: list[str], model: str) -> None:
     # Five steps, the fourth of which is the rest of an epoch.
     same = [*method, f"model.path={config.parent / model}", "train.max_steps=5", "eval.steps=2"]
     alone = tmp_path / "alone"

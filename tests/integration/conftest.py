@@ -18,3 +18,9 @@ def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed") / "out"
     train_all(config, {folder: []})
     return folder
+
+
+@pytest.fixture(scope="session")
+def tied(config: Path) -> Path:
+    """A model with tied embeddings."""
+    return config.parent / "tied"

@@ -1,4 +1,4 @@
-"""One of three workers dies or stops in the middle of a step: the others end in time and say why, and nothing is lost."""
+"""One of three workers dies or stops in the middle of a step: the others end in time and say why. Nothing is lost."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def test_a_lost_worker(config: Path, undisturbed: Path, tmp_path: Path, lost: in
     assert done.status == 1
     assert "Traceback" not in done.stdout + done.stderr
     first = done.stderr.partition("\n")[0]
-    assert re.fullmatch(rf"error: all_reduce of the .* of step \d+ failed after \d\.\d s: rank {lost}: .*", first), first
+    assert re.fullmatch(rf"error: all_reduce of the .* of step \d+ failed after \d\.\d s: rank {lost}: .*", first), (
+        first
+    )
     digest(folder)  # fails where the newest checkpoint is not whole
 
     done = train(config, "--resume", "--nproc", "2", "--output-dir", folder)

@@ -75,6 +75,13 @@ def test_a_counter_alone_is_reason_enough(name: str) -> None:
     assert on_ranks(2, body) == [(0, 0, 0)] * 2
 
 
+def test_the_figures_of_rank_0_are_everywhere() -> None:
+    states = [make_state() for _ in range(2)]
+    states[0].metrics, states[1].metrics = {"eval/loss": 0.1 + 0.2}, {"eval/loss": 7.0}
+    on_ranks(2, lambda comm: synchronise(states[comm.rank], comm))
+    assert [state.metrics for state in states] == [{"eval/loss": 0.1 + 0.2}] * 2
+
+
 def test_where_all_are_equal_nothing_is_sent_anew() -> None:
     states = [make_state() for _ in range(2)]
     arrays = [state.parameters["head.weight"] for state in states]

@@ -1,9 +1,15 @@
 from __future__ import annotations
 
-import pytest
-from train_samples import make_state
+from pathlib import Path
 
-from mlx_distributed.train.hooks import every
+import pytest
+from train_samples import make_rows, make_state
+
+from mlx_distributed.comm.base import LocalComm
+from mlx_distributed.tracking import Trackers
+from mlx_distributed.train.checkpoint import Checkpointer, CheckpointMeta
+from mlx_distributed.train.evaluation import evaluate_loss
+from mlx_distributed.train.hooks import Evaluate, Save, every
 from mlx_distributed.train.state import TrainState
 from mlx_distributed.train.trainer import StepInfo
 
@@ -18,3 +24,73 @@ def test_a_hook_runs_when_it_is_due_wherever_the_run_began(num_steps: int | None
     for info in infos.values():
         hook(state, info)
     assert seen == [(state, infos[step]) for step in expected]
+
+
+def describe(state: TrainState) -> CheckpointMeta:
+    return CheckpointMeta(state.step, state.num_tokens, state.num_skipped, "run", None, {}, state.metrics)
+
+
+def make_save(folder: Path) -> tuple[Save, list[float | None]]:
+    """The hook, and a list that gets the validation loss in each checkpoint that is written."""
+    losses: list[float | None] = []
+
+    def describe_and_note(state: TrainState) -> CheckpointMeta:
+        losses.append(state.metrics.get("eval/loss"))
+        return describe(state)
+
+    return Save(Checkpointer(folder, None, True, print), Trackers([]), describe_and_note), losses
+
+
+def at(step: int, loss: float | None = None) -> TrainState:
+    state = make_state()
+    state.step, state.metrics = step, {} if loss is None else {"eval/loss": loss}
+    return state
+
+
+def test_what_is_new_is_saved_once(tmp_path: Path) -> None:
+    save, losses = make_save(tmp_path)
+    for state in (at(0), at(1), at(1), at(1, 5.0), at(1, 5.0), at(2)):
+        save(state)
+    assert losses == [None, 5.0, None]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+
+
+def test_what_was_just_restored_is_not_saved_again(tmp_path: Path) -> None:
+    save, losses = make_save(tmp_path)
+    save.mark(at(3, 5.0))
+    save(at(3, 5.0))
+    assert losses == []
+    save(at(4))
+    assert losses == [None]
+
+
+def test_the_best_is_that_of_all_runs_in_the_folder(tmp_path: Path) -> None:
+    save, _ = make_save(tmp_path)
+    assert save.is_best(at(1, 1e9))
+    save(at(1, 5.0))
+    for hook in (save, make_save(tmp_path)[0]):
+        assert [hook.is_best(at(2, loss)) for loss in (6.0, 5.0, 4.0, None)] == [False, False, True, False]
+
+
+def test_another_rank_saves(tmp_path: Path) -> None:
+    Save(None, Trackers([]), describe)(at(1, 5.0))
+
+
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_an_evaluation_is_kept_with_the_state_and_the_best_is_saved(tmp_path: Path, keep_best: bool) -> None:
+    save, losses = make_save(tmp_path)
+    rows, state = make_rows(5), at(1)
+    evaluate = Evaluate(rows, 2, LocalComm(), Trackers([]), save if keep_best else None)
+    evaluate(state)
+    assert state.metrics == evaluate_loss(state.model, rows, 2, LocalComm())
+    best = state.metrics["eval/loss"]
+    state.step = 2
+    evaluate(state)  # as good, and no better
+    assert losses == ([best] if keep_best else [])
+
+
+def test_without_rows_there_is_nothing_to_evaluate(tmp_path: Path) -> None:
+    save, losses = make_save(tmp_path)
+    state = at(1)
+    Evaluate([], 2, LocalComm(), Trackers([]), save)(state)
+    assert (state.metrics, losses) == ({}, [])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from train_samples import CONFIG, TinyModel, make_state
 
+from mlx_distributed.errors import CheckpointError
 from mlx_distributed.parallel.adamw import Arrays
 from mlx_distributed.train.state import TrainState, digest
 from mlx_distributed.train.trainer import make_optimizer
@@ -110,6 +112,28 @@ def test_a_restored_state_goes_on_as_the_saved_one(between: Callable[[TrainState
         commit(state)
     assert restored.digest() == saved.digest()
     assert (restored.step, restored.num_tokens, restored.num_skipped) == (saved.step, saved.num_tokens, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"head.weight": None}, "head.weight is missing there and mlx.core.float32(16, 8) here"),
+        ({"extra": mx.zeros(2)}, "extra is mlx.core.float32(2,) there and missing here"),
+        ({"head.weight": mx.zeros((8, 16))}, "head.weight is mlx.core.float32(8, 16) there and"),
+        ({"head.weight": mx.zeros((16, 8), mx.bfloat16)}, "head.weight is mlx.core.bfloat16(16, 8) there and"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_whole(changes: dict[str, mx.array | None], said: str) -> None:
+    saved, state = make_state(), make_state(seed=7)
+    before = state.digest()
+    parameters = {name: array for name, array in (saved.parameters | changes).items() if array is not None}
+    with pytest.raises(CheckpointError, match=f"^the saved state does not fit: {re.escape(said)}"):
+        state.restore(parameters, saved.optimizer, 3, 0, 0)
+    moments = {f"{name}.m" if name != "extra" else name: array for name, array in changes.items()}
+    optimizer = {name: array for name, array in (saved.optimizer | moments).items() if array is not None}
+    with pytest.raises(CheckpointError, match=r"^the saved state does not fit: "):
+        state.restore(saved.parameters, optimizer, 3, 0, 0)
+    assert (state.digest(), state.step) == (before, 0)
 
 
 def test_restoring_takes_a_copy() -> None:
