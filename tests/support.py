@@ -89,7 +89,6 @@ class Run:
     def __init__(self, config: Path, *arguments: str | Path) -> None:
         command = [MLX_TRAIN, "--config", config, *arguments]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        self._workers: list[int] = []
         self._stdout = ""
 
     def __enter__(self) -> Run:
@@ -116,9 +115,8 @@ class Run:
 
     @property
     def workers(self) -> list[int]:
-        """Process ids of those that were seen, in rank order; the last ones once they have ended."""
-        self._workers = children(self._process.pid) or self._workers
-        return self._workers
+        """Process ids of those that run, in rank order."""
+        return children(self._process.pid)
 
     def interrupt(self) -> None:
         """Ctrl-C."""

@@ -100,7 +100,10 @@ def test_two_runs_do_not_share_a_folder(config: Path, undisturbed: Path, tmp_pat
     folder = tmp_path / "out"
     with Run(config, "--output-dir", folder) as run:
         run.read_until("step 1/")
+        (worker,) = run.workers
+        os.kill(worker, signal.SIGSTOP)
         second = train(config, "--resume", "--output-dir", folder)
+        os.kill(worker, signal.SIGCONT)
         first = run.wait()
     assert second.status == 2
     assert "a run is writing into it right now" in second.error

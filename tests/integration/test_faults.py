@@ -30,8 +30,8 @@ def test_a_lost_worker(config: Path, undisturbed: Path, tmp_path: Path, lost: in
     arguments = ["--nproc", "3", f"parallel.timeout_s={TIMEOUT_S}", "checkpoint.steps=2", "--output-dir", folder]
     with Run(config, *arguments) as run:
         run.read_until("step 7/")
-        others = [pid for rank, pid in enumerate(run.workers) if rank != lost]
-        os.kill(run.workers[lost], number)
+        others = run.workers
+        os.kill(others.pop(lost), number)
         lost_s = time.monotonic()
         # A stopped worker is waited for once the others have done their part of the step.
         limit_s = TIMEOUT_S + 1.0 + (slowest_step_s(folder) if number == signal.SIGSTOP else 0.0)
@@ -41,10 +41,8 @@ def test_a_lost_worker(config: Path, undisturbed: Path, tmp_path: Path, lost: in
 
     assert done.status == 1
     assert "Traceback" not in done.stdout + done.stderr
-    first = done.stderr.partition("\n")[0]
-    assert re.fullmatch(rf"error: all_reduce of the .* of step \d+ failed after \d\.\d s: rank {lost}: .*", first), (
-        first
-    )
+    said = done.stderr.partition("\n")[0]
+    assert re.fullmatch(rf"error: all_reduce of the .* of step \d+ failed after \d\.\d s: rank {lost}: .*", said), said
     digest(folder)  # fails where the newest checkpoint is not whole
 
     done = train(config, "--resume", "--nproc", "2", "--output-dir", folder)
