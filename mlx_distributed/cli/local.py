@@ -117,9 +117,15 @@ class LocalGroup:
         self._num_interrupts = 0
         self._workers: list[Worker] = []
         self._previous = {number: signal.signal(number, self._interrupt) for number in SIGNALS}
-        for rank, (job, log_file) in enumerate(zip(jobs, log_files, strict=True)):
-            self._workers.append(self._start(rank, log_file, env))
-            self._workers[rank].control.send(**job)
+        # A worker inherits the mask: what is sent before it can handle a signal waits for that. And a signal of ours
+        # waits until there is somebody to pass it on to.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            for rank, (job, log_file) in enumerate(zip(jobs, log_files, strict=True)):
+                self._workers.append(self._start(rank, log_file, env))
+                self._workers[rank].control.send(**job)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def run(self) -> int:
         """Wait for the end of all workers; returns the exit status of the run."""
@@ -139,20 +145,15 @@ class LocalGroup:
         ours, theirs = socket.socketpair()
         with theirs:
             output = None if log_file is None else log_file.open("ab")
-            # A worker inherits the mask: what is sent before it can handle a signal waits for that.
-            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-            try:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "mlx_distributed.cli.worker", str(theirs.fileno()), *self._flags],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=None if output is None else subprocess.STDOUT,
-                    pass_fds=[theirs.fileno()],
-                    start_new_session=True,
-                    env=dict(env),
-                )
-            finally:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "mlx_distributed.cli.worker", str(theirs.fileno()), *self._flags],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=None if output is None else subprocess.STDOUT,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+                env=dict(env),
+            )
             if output is not None:
                 output.close()
         return Worker(rank, process, Control(ours), log_file)
@@ -211,8 +212,9 @@ class LocalGroup:
             for note in {worker.error for worker in self._workers if worker.error and "interrupted" in worker.error}:
                 print(note, file=sys.stderr)
             return INTERRUPTED
-        # All of them say the same, each from where it stands: the first is enough.
-        errors = [worker.error for worker in self._workers if worker.error][:1]
+        # All of them say the same, each from where it stands. Who refused something says it best, then the first.
+        told = sorted(self._workers, key=lambda worker: worker.process.returncode != ConfigError.exit_status)
+        errors = [worker.error for worker in told if worker.error][:1]
         for line in [*errors, *filter(None, (worker.ending() for worker in self._workers))]:
             print(f"error: {line}", file=sys.stderr)
         return 0 if not failed else ConfigError.exit_status if ConfigError.exit_status in failed else 1

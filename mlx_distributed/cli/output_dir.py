@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -18,6 +19,8 @@ from mlx_distributed.errors import ConfigError
 from mlx_distributed.tracking import new_wandb_id
 
 _LOCK, _PENDING, _RECORD_ASIDE = ".lock", ".config.yaml", ".run.json"
+_BEFORE_A_RUN = {_LOCK, _PENDING, _RECORD_ASIDE, "run.json", "logs"}
+"""What a run that was refused leaves; there is a run when rank 0 has accepted the configuration."""
 
 
 @dataclass(frozen=True)
@@ -41,30 +44,26 @@ def open_output_dir(config: Config, resume: bool) -> RunRecord:
     folder = config.output_dir
     record_file = folder / "run.json"
     try:
-        holds_run = record_file.is_file()
+        holds_run = (folder / "config.yaml").is_file() and record_file.is_file()
         if holds_run and not resume:
             raise ConfigError(
                 f"output_dir={folder} holds a run already; add --resume to go on with it, or take another --output-dir"
             )
-        ours = {_LOCK, _PENDING, _RECORD_ASIDE}
-        if not holds_run and folder.exists() and any(path.name not in ours for path in folder.iterdir()):
+        if not holds_run and folder.exists() and any(path.name not in _BEFORE_A_RUN for path in folder.iterdir()):
             raise ConfigError(
                 f"output_dir={folder} is not empty and holds no run of this program; choose another --output-dir"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / _LOCK).open("wb")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"output_dir={folder}: a run is writing into it right now; end that one, or take another --output-dir"
-            ) from None
-        if holds_run:
-            run_id, wandb_id = _read(record_file)
-        else:
-            run_id, wandb_id = uuid.uuid4().hex, new_wandb_id()
-            _write(record_file, run_id, wandb_id)
-        (folder / _PENDING).write_text(to_yaml(config), encoding="utf-8")
+        with contextlib.ExitStack() as stack:
+            lock = stack.enter_context((folder / _LOCK).open("wb"))
+            _take(lock, folder)
+            if holds_run:
+                run_id, wandb_id = _read(record_file)
+            else:
+                run_id, wandb_id = uuid.uuid4().hex, new_wandb_id()
+                _write(record_file, run_id, wandb_id)
+            (folder / _PENDING).write_text(to_yaml(config), encoding="utf-8")
+            stack.pop_all()  # From here on the lock stays with the record.
     except OSError as error:
         raise ConfigError(f"output_dir={folder} cannot be used: {error.strerror or error}") from None
     return RunRecord(run_id, wandb_id, folder / _PENDING, lock)
@@ -73,6 +72,15 @@ def open_output_dir(config: Config, resume: bool) -> RunRecord:
 def accept_config(config: Config) -> None:
     """Put the configuration in place of the one before, now that nothing speaks against the run."""
     (config.output_dir / _PENDING).replace(config.output_dir / "config.yaml")
+
+
+def _take(lock: IO[bytes], folder: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(
+            f"output_dir={folder}: a run is writing into it right now; end that one, or take another --output-dir"
+        ) from None
 
 
 def _read(record_file: Path) -> tuple[str, str]:

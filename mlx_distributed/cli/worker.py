@@ -30,9 +30,8 @@ def main(fd: int, debug: bool) -> int:
     status, error = describe(work, debug)
     if error is not None:
         error = error[:MAX_ERROR_CHARS]
-        if message.get(
-            "rank"
-        ):  # Its output is its log file. What rank 0 says stands on the console, said by the parent.
+        if message.get("rank"):
+            # Its output is its log file. What rank 0 has to say, the parent says on the console, once for all.
             print(f"error: {error}", flush=True)
         control.send(error=error)
     return status
