@@ -17,6 +17,8 @@ import numpy as np
 BUCKET_BYTES = 4 << 20
 """2-8 MB hid most of the communication behind the backward pass when measured; larger ones start too late."""
 
+Arrays = dict[str, mx.array]
+"""Arrays by name, as parameters, gradients and moments are kept."""
 Bucket = list[mx.array]
 """The arrays of one bucket, in the order of its `Layout`."""
 

@@ -26,6 +26,10 @@ SCALARS = {
 }
 
 
+MAX_NODES = 100_000
+"""Of a configuration, with its aliases written out."""
+
+
 class Loader(yaml.SafeLoader):
     """Scalars as in YAML 1.2: `1e-5` is a float; `no`, `on`, `1:30` and `007` are text."""
 
@@ -45,7 +49,22 @@ def compose(text: str, name: str) -> yaml.Node | None:
     """The nodes of `text`, with `name` in their marks; None for an empty text."""
     loader = Loader(text)
     loader.name = name
-    return loader.get_single_node()
+    root = loader.get_single_node()
+    if root is not None and _written_out(root, {}) > MAX_NODES:
+        raise yaml.composer.ComposerError(None, None, "aliases that stand for far too much", root.start_mark)
+    return root
+
+
+def _written_out(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Nodes below `node` with every alias written out. A few lines of aliases can stand for billions."""
+    if id(node) not in sizes:
+        sizes[id(node)] = MAX_NODES  # of a node that contains itself
+        children = (
+            [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else node.value
+        )
+        below = 0 if isinstance(node, yaml.ScalarNode) else sum(_written_out(child, sizes) for child in children)
+        sizes[id(node)] = 1 + below
+    return sizes[id(node)]
 
 
 def is_null(node: yaml.Node) -> bool:

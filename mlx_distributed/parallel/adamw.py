@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-Arrays = dict[str, mx.array]
+from mlx_distributed.comm.buckets import Arrays
 
 GROUP_BYTES = 64 << 20
 """Parameters are updated this many bytes at a time, so that old and new values do not all live at once."""

@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_distributed.comm.base import Communicator
+from mlx_distributed.comm.buckets import Arrays
 from mlx_distributed.errors import DataError
-from mlx_distributed.parallel.adamw import Arrays
 from mlx_distributed.train.state import TrainState
 
 

@@ -11,9 +11,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from mlx_distributed.comm.buckets import Arrays
 from mlx_distributed.errors import CheckpointError
 from mlx_distributed.models import trainable
-from mlx_distributed.parallel.adamw import Arrays, DistributedAdamW
+from mlx_distributed.parallel.adamw import DistributedAdamW
 
 
 def digest(arrays: Mapping[str, mx.array]) -> str:

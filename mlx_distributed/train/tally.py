@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from mlx_distributed.comm.buckets import Arrays
 from mlx_distributed.comm.tree_sum import Node, TreeSum
-from mlx_distributed.parallel.adamw import Arrays
 
 PREFIX = "tally."
 """No parameter of a model begins with this, so a tally can travel with the gradients."""

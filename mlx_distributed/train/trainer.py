@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlx_distributed.comm.base import Parts, add_buckets
 from mlx_distributed.comm.buckets import (
+    Arrays,
     Bucket,
     BucketLayout,
     backward_order,
@@ -26,7 +27,7 @@ from mlx_distributed.config import Config
 from mlx_distributed.data.plan import Plan
 from mlx_distributed.data.tokenize import Row, collate
 from mlx_distributed.errors import TrainingError
-from mlx_distributed.parallel.adamw import Arrays, DistributedAdamW
+from mlx_distributed.parallel.adamw import DistributedAdamW
 from mlx_distributed.parallel.data import rank_weights, share
 from mlx_distributed.parallel.mesh import Mesh
 from mlx_distributed.train.loss import global_norm, summed_loss

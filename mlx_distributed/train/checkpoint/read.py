@@ -12,8 +12,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_distributed.comm.buckets import Arrays
 from mlx_distributed.errors import CheckpointError
-from mlx_distributed.parallel.adamw import Arrays
 from mlx_distributed.train.checkpoint.manifest import FILES, CheckpointMeta, Manifest
 
 MANIFEST = "manifest.json"

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_distributed.comm.buckets import Arrays
 from mlx_distributed.parallel import adamw
-from mlx_distributed.parallel.adamw import Arrays, DistributedAdamW, decays
+from mlx_distributed.parallel.adamw import DistributedAdamW, decays
 
 SHAPES = {"embed.weight": (17, 8), "up.weight": (24, 8), "conv.weight": (4, 3, 2), "head.weight": (17, 8)}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_distributed.parallel.adamw import Arrays
+from mlx_distributed.comm.buckets import Arrays
 from mlx_distributed.train.checkpoint import Checkpointer, CheckpointMeta
 
 FACTS = {"data": "d" * 64, "model": "e" * 64, "batches": '{"seed": 1}'}

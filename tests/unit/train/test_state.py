@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from train_samples import CONFIG, TinyModel, make_state
 
+from mlx_distributed.comm.buckets import Arrays
 from mlx_distributed.errors import CheckpointError
-from mlx_distributed.parallel.adamw import Arrays
 from mlx_distributed.train.state import TrainState, digest
 from mlx_distributed.train.trainer import make_optimizer
 

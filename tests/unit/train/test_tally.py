@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_distributed.comm.base import LocalComm
-from mlx_distributed.comm.buckets import from_buckets, make_layout, to_buckets
+from mlx_distributed.comm.buckets import Arrays, from_buckets, make_layout, to_buckets
 from mlx_distributed.comm.tree_sum import Node, cover
-from mlx_distributed.parallel.adamw import Arrays
 from mlx_distributed.train.tally import Tally
 
 LOSSES = st.lists(st.floats(0.0, 1e6, width=32), min_size=1, max_size=20)
