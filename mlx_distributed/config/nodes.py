@@ -58,12 +58,13 @@ def compose(text: str, name: str) -> yaml.Node | None:
 def _written_out(node: yaml.Node, sizes: dict[int, int]) -> int:
     """Nodes below `node` with every alias written out. A few lines of aliases can stand for billions."""
     if id(node) not in sizes:
-        sizes[id(node)] = MAX_NODES  # of a node that contains itself
-        children = (
-            [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else node.value
-        )
-        below = 0 if isinstance(node, yaml.ScalarNode) else sum(_written_out(child, sizes) for child in children)
-        sizes[id(node)] = 1 + below
+        sizes[id(node)] = 0  # where the node contains itself, which is refused elsewhere
+        children: list[yaml.Node] = []
+        if isinstance(node, yaml.SequenceNode):
+            children = node.value
+        elif isinstance(node, yaml.MappingNode):
+            children = [child for pair in node.value for child in pair]
+        sizes[id(node)] = 1 + sum(_written_out(child, sizes) for child in children)
     return sizes[id(node)]
 
 

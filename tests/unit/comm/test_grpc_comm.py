@@ -214,7 +214,7 @@ def test_a_stranger_is_refused_and_the_group_goes_on(kwargs: dict, words: str) -
 def test_a_rank_that_answers_as_another_is_refused() -> None:
     comms = [GrpcComm(rank, 3, "run", timeout_s=20) for rank in range(3)]
     swapped = [comms[rank].address for rank in (0, 2, 1)]
-    with pytest.raises(CommError, match="answers at .* as somebody else: rank . is not expected"):
+    with pytest.raises(CommError, match=r"answers at .* as somebody else: rank . is not expected"):
         comms[0].connect(swapped)
     for comm in comms:
         comm.close()
