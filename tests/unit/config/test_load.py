@@ -64,14 +64,6 @@ def refusal(path: Path, *overrides: str) -> list[str]:
         ("model:\n  <<: 3\n", 2, "expected a mapping"),
     ],
 )
-def test_aliases_that_stand_for_far_too_much_are_refused(tmp_path: Path) -> None:
-    lines = ["a0: &a0 [x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9))]
-    file = tmp_path / "bomb.yaml"
-    file.write_text("\n".join(lines))
-    with pytest.raises(ConfigError, match="far too much"):
-        load_config(file)
-
-
 def test_file_that_cannot_be_read(tmp_path: Path, text: str | bytes, line: int, words: str) -> None:
     path = write(tmp_path, text)
     [problem] = refusal(path)
@@ -363,3 +355,11 @@ def test_mlx_is_not_imported() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     names = set(json.loads(done.stdout.replace("'", '"')))
     assert {name.partition(".")[0] for name in names} == {"mlx_distributed"}
+
+
+def test_aliases_that_stand_for_far_too_much_are_refused(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9))]
+    file = tmp_path / "bomb.yaml"
+    file.write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match="far too much"):
+        load_config(file)
