@@ -31,13 +31,14 @@ from mlx_distributed.cli.local import worker_environment
 P = ParamSpec("P")
 T = TypeVar("T")
 
-MODELS: dict[str, dict[str, Any]] = {
-    "2M": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4},
-    "10M": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4},
-    "50M": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8},
+_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_SHAPES = {
+    "0.7M": (128, 384, 2, 2, 2048),
+    "10M": (256, 1024, 8, 4, 8192),
+    "50M": (512, 2048, 12, 8, 8192),
 }
-"""Qwen3 architectures by the number of parameters that they have with `VOCAB_SIZE` tokens."""
-VOCAB_SIZE = 8192
+MODELS: dict[str, dict[str, Any]] = {name: dict(zip(_KEYS, shape, strict=True)) for name, shape in _SHAPES.items()}
+"""Qwen3 architectures by their number of parameters."""
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -110,7 +111,7 @@ def build_model(folder: Path, data: Path, size: str) -> Path:
 
     rows = read_corpus(DataConfig(train=(SourceConfig(path=str(data)),)), seed=0).train
     texts = (message.content for row in rows for message in row.messages)
-    tokenizer = wrap_tokenizer(train_tokenizer(texts, VOCAB_SIZE), "qwen3")
+    tokenizer = wrap_tokenizer(train_tokenizer(texts, MODELS[size]["vocab_size"]), "qwen3")
     model, config = build_scratch({"model_type": "qwen3", **MODELS[size]}, tokenizer, seed=0)
     save_final(folder, model, tokenizer, config, source=ModelConfig(), method="full", lora=LoraConfig())
     return folder

@@ -119,7 +119,7 @@ def ours(config_file: Path, steps_s: list[float]) -> list[Step]:
 def main() -> None:
     args = parser(__doc__)
     args.add_argument("--data", type=Path, required=True, help="Alpaca file, for example alpaca_en_demo.json")
-    args.add_argument("--model", choices=MODELS, default="2M", help="number of parameters (default: 2M)")
+    args.add_argument("--model", choices=MODELS, default="0.7M", help="number of parameters (default: 0.7M)")
     args.add_argument("--micro-batch-size", type=int, default=BATCH_SIZE, help="ours; theirs is 8 (default: 8)")
     args.add_argument("--rounds", type=int, default=3, help="runs of each side (default: 3)")
     options = args.parse_args()

@@ -20,17 +20,18 @@ DEFAULTS = {
     "TOKENIZERS_PARALLELISM": "false",
     "GRPC_VERBOSITY": "NONE",
 }
+GLIBC = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_ARENA_MAX": "2"}
 
 
 def test_a_worker_has_one_thread_of_each_kind() -> None:
     environ = {"HOME": "/home/me", "LD_PRELOAD": "mine.so"}
     env, hint = worker_environment(environ, "linux")
-    assert env == environ | DEFAULTS
+    assert env == environ | DEFAULTS | GLIBC
     assert hint is None
     assert environ == {"HOME": "/home/me", "LD_PRELOAD": "mine.so"}
 
 
-@pytest.mark.parametrize("name", [*DEFAULTS, "LD_PRELOAD"])
+@pytest.mark.parametrize("name", [*DEFAULTS, *GLIBC, "LD_PRELOAD"])
 @pytest.mark.parametrize("value", ["7", ""])
 def test_what_the_user_has_set_is_left_alone(name: str, value: str) -> None:
     env, _ = worker_environment({name: value}, "linux")
