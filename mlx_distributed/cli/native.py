@@ -20,4 +20,4 @@ def run_native(config: Config, resume: str | None) -> int:
         record = open_output_dir(config, resume is not None)
         ids = json.dumps([record.run_id, record.wandb_id]).encode()
     run_id, wandb_id = json.loads(broadcast_bytes(ids, comm, "the id of the run"))
-    return train(Job(config, run_id, wandb_id, resume), comm, Interrupt())
+    return train(Job(config, run_id, wandb_id, resume, log=False), comm, Interrupt())

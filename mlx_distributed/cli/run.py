@@ -35,6 +35,8 @@ class Job:
     wandb_id: str
     resume: str | None = None
     """`auto`, `last`, `best` or the path of a checkpoint; None starts anew."""
+    log: bool = True
+    """Whether a rank other than 0 reports on its standard output, which is its log file or else the console of all."""
     on_loss: Callable[[], None] = lambda: None
     """Called when a peer was lost, before the last commit is saved, which may take a while."""
 
@@ -158,7 +160,7 @@ class _Run:
         """Rank 0 tells people; the console of the others is their log file."""
         total = self.loaded.plan.num_steps
         if self.comm.rank:
-            return Trackers([ConsoleTracker(total)])
+            return Trackers([ConsoleTracker(total)] if self.job.log else [])
         log_file = self.config.output_dir / "logs" / "rank-0.log"
         log_file.parent.mkdir(exist_ok=True)
         log = ConsoleTracker(total, log_file.open("a", encoding="utf-8", buffering=1))

@@ -90,7 +90,9 @@ class NativeComm:
 
         sent_tag, size = _integers(receive(2, mx.int64))
         if sent_tag != tag:
-            raise CommError(name, peer, self.generation, 0.0, f"sent tag {sent_tag} where {tag} was due")
+            # What follows cannot be told apart from what is due, so the group is dead.
+            self._failure = f"sent tag {sent_tag} where {tag} was due"
+            raise CommError(name, peer, self.generation, 0.0, self._failure)
         return _from_bytes(receive(size, mx.uint8))
 
     def barrier(self, what: str) -> None:

@@ -189,9 +189,14 @@ def total_s(runs: Sequence[Sequence[float]]) -> float:
     return sum(statistics.median(times) for times in zip(*runs, strict=True))
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A Markdown table with aligned columns."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    for row in [header, ["-" * width for width in widths], *rows]:
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
-    print(flush=True)
+class Table:
+    """A Markdown table, printed row by row as the figures come."""
+
+    def __init__(self, *header: str) -> None:
+        self._widths = [max(len(name), 10) for name in header]
+        self.print(*header)
+        self.print(*("-" * width for width in self._widths))
+
+    def print(self, *cells: object) -> None:
+        texts = [str(cell).ljust(width) for cell, width in zip(cells, self._widths, strict=True)]
+        print("| " + " | ".join(texts) + " |", flush=True)

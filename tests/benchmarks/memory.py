@@ -18,12 +18,12 @@ from typing import Any
 
 from common import (
     MODELS,
+    Table,
     build_model,
     fresh,
     mlx_train,
     parser,
     print_machine,
-    print_table,
     workplace,
     write_config,
     write_rows,
@@ -78,13 +78,14 @@ def main() -> None:
     args.add_argument("--methods", nargs="+", choices=("full", "lora"), default=["full", "lora"], help="default: both")
     args.add_argument("--microbatches", nargs="+", type=int, default=[1, 2, 4, 8], help="per worker (default: 1 2 4 8)")
     options = args.parse_args()
-    mb = 1e6
-    rows = []
     with workplace(options.blas) as folder:
         data = write_rows(folder / "rows.json", num_rows=512, num_words=(NUM_TOKENS, NUM_TOKENS))
         for size in options.models:
             fresh(build_model, folder / size, data, size)
         print_machine()
+        table = Table(
+            "model", "method", "workers", "micro-batches each", "MLX, MB", "bare loop, MB", "ratio", "above, MB"
+        )
         for size, method, num, nproc in itertools.product(
             options.models, options.methods, options.microbatches, (1, 2)
         ):
@@ -104,11 +105,9 @@ def main() -> None:
             file = write_config(folder / f"{size}-{method}-{num}-{nproc}", config)
             run, bare = mlx_train(file), fresh(bare_loop, file, num)
             peak = run.steps[-1]["perf/peak_memory_bytes"]
-            figures = [f"{value / mb:.0f}" for value in (peak, bare, run.peak_rss_bytes - peak)]
-            rows.append([size, method, f"{nproc}", f"{num}", *figures[:2], f"{peak / bare:.2f}", figures[2]])
-    header = ["model", "method", "workers", "micro-batches each", "MLX, MB", "bare loop, MB", "ratio", "above, MB"]
-    print_table(header, rows)
-    print("goal: a ratio of at most 1.15, and at most 300 MB above MLX's peak")
+            peak_mb, bare_mb, above_mb = (f"{value / 1e6:.0f}" for value in (peak, bare, run.peak_rss_bytes - peak))
+            table.print(size, method, nproc, num, peak_mb, bare_mb, f"{peak / bare:.2f}", above_mb)
+    print("\ngoal: a ratio of at most 1.15, and at most 300 MB above MLX's peak")
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import (
+    Table,
     build_model,
     fresh,
     interleave,
     mlx_train,
     parser,
     print_machine,
-    print_table,
     total_s,
     workplace,
     write_config,
@@ -88,7 +88,6 @@ def main() -> None:
     args.add_argument("--cores", type=int, nargs=2, default=(0, 1), help="the cores to use, on Linux (default: 0 1)")
     options = args.parse_args()
     cores = tuple(options.cores) if hasattr(os, "sched_setaffinity") else ()
-    rows = []
     with workplace(options.blas) as folder:
         configs = {
             "quick start": quickstart(150),
@@ -96,6 +95,8 @@ def main() -> None:
             "10 M, LoRA": ten_million(folder, 12, "lora"),
         }
         print_machine()
+        unit = "label tokens/s"
+        table = Table("model", f"1 worker, {unit}", f"2 workers, {unit}", "ratio", "two runs apart", "communication")
         for name, config in configs.items():
             sides = {
                 "one": lambda place, config=config: train(config, place, 1, cores[:1]),
@@ -106,11 +107,9 @@ def main() -> None:
             one_s, two_s, apart_s = (total_s([run.step_s for run in runs]) for runs in results.values())
             comm_s = total_s([run.comm_s for run in results["two"]])
             num_labels = results["one"][0].num_labels
-            rates = [f"{num_labels / seconds:.0f}" for seconds in (one_s, two_s)]
-            rows.append([name, *rates, f"{one_s / two_s:.2f}", f"{2 * one_s / apart_s:.2f}", f"{comm_s / two_s:.0%}"])
-    header = ["model", "1 worker, label tokens/s", "2 workers", "ratio", "two runs apart", "communication"]
-    print_table(header, rows)
-    print("goal: a ratio of at least 1.85")
+            rates = (f"{num_labels / seconds:.0f}" for seconds in (one_s, two_s))
+            table.print(name, *rates, f"{one_s / two_s:.2f}", f"{2 * one_s / apart_s:.2f}", f"{comm_s / two_s:.0%}")
+    print("\ngoal: a ratio of at least 1.85")
 
 
 if __name__ == "__main__":

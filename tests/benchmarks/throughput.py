@@ -15,19 +15,20 @@ import contextlib
 import io
 import os
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import (
     MODELS,
+    Table,
     build_model,
     fresh,
     interleave,
     mlx_train,
     parser,
     print_machine,
-    print_table,
     total_s,
     workplace,
     write_config,
@@ -142,24 +143,24 @@ def main() -> None:
 
         run_peer(folder / "warm-up", compiled=True)  # fills the cache of compiled kernels
         print_machine()
-        sides = {
+        sides: dict[str, Callable[[Path], list[Step]]] = {
             "mlx-train": run_ours,
             "mlx_lm.lora": partial(run_peer, compiled=True),
             "mlx_lm.lora, MLX_DISABLE_COMPILE=1": partial(run_peer, compiled=False),
         }
         results = interleave(sides, options.rounds, folder)
 
-    rates, rows = [], []
+    rates = []
+    table = Table("loop".ljust(34), "label tokens/s", "padding", "steps", "label tokens", "s")
     for name, runs in results.items():
         steps = runs[0][WARMUP_STEPS:]
         seconds = total_s([[step.step_s for step in run[WARMUP_STEPS:]] for run in runs])
         num_labels = sum(step.num_labels for step in steps)
         padding = 1 - sum(step.num_tokens for step in steps) / sum(step.num_positions for step in steps)
         rates.append(num_labels / seconds)
-        rows.append([name, f"{rates[-1]:.0f}", f"{padding:.1%}", f"{len(steps)}", f"{num_labels}", f"{seconds:.1f}"])
-    print_table(["loop", "label tokens/s", "padding", "steps", "label tokens", "s"], rows)
+        table.print(name, f"{rates[-1]:.0f}", f"{padding:.1%}", len(steps), num_labels, f"{seconds:.1f}")
     own, *others = rates
-    print(f"ratio {own / max(others):.2f} (goal: at least 1.7, with a padding of ours of at most 6 %)")
+    print(f"\nratio {own / max(others):.2f} (goal: at least 1.7, with a padding of ours of at most 6 %)")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import pytest
 
 from mlx_distributed.comm.base import Communicator
 from mlx_distributed.comm.buckets import from_buckets, make_layout, to_buckets
@@ -14,6 +15,7 @@ from mlx_distributed.config import Config
 from mlx_distributed.config.schema import TrainConfig
 from mlx_distributed.data.plan import Plan
 from mlx_distributed.data.tokenize import Row
+from mlx_distributed.errors import CommError
 from mlx_distributed.models import trainable
 from mlx_distributed.parallel.mesh import Mesh
 from mlx_distributed.train.state import TrainState
@@ -91,6 +93,17 @@ def check_training(comm: Communicator) -> None:
     assert state.step == 3
 
 
+def check_wrong_tag(comm: Communicator) -> None:
+    """The last check: what comes after a message that nobody expected cannot be understood."""
+    if comm.rank == 0:
+        comm.send(mx.zeros(3), 1, 5, "an array")
+        return
+    with pytest.raises(CommError, match="sent tag 5 where 6 was due"):
+        comm.recv(0, 6, "an array")
+    with pytest.raises(CommError, match="sent tag 5 where 6 was due"):
+        comm.check("the next call")
+
+
 if __name__ == "__main__":
     mx.set_default_device(mx.cpu)
     mx.random.seed(0)
@@ -99,5 +112,6 @@ if __name__ == "__main__":
     for check in (check_all_reduce, check_all_gather, check_broadcast, check_send, check_training):
         check(group)
     group.barrier("the end")
+    check_wrong_tag(group)
     group.close()
     print(f"rank {group.rank} is fine")

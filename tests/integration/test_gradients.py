@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_distributed.comm.base import Communicator, LocalComm, Parts
 from mlx_distributed.comm.buckets import Bucket, BucketLayout, from_buckets
@@ -62,7 +62,7 @@ def make_state(config: Config) -> TrainState:
     prepare(model, config.method, config.lora, config.seed)
     if config.method == "lora":  # A fresh adapter is zero, and so are half of its gradients.
         mx.random.seed(1)
-        model.update(nn.utils.tree_map(lambda a: a + mx.random.normal(a.shape) / 8, model.trainable_parameters()))
+        model.update(tree_map(lambda a: a + mx.random.normal(a.shape) / 8, model.trainable_parameters()))
     state = TrainState(model, {})
     state.optimizer = make_optimizer(config).init(state.parameters)
     mx.eval(state.parameters, state.optimizer)  # A lazy array belongs to the thread that made it.
