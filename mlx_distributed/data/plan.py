@@ -83,7 +83,36 @@ class Plan:
         """Row numbers of each micro-batch of step `step` (from 0), at most `num_microbatches` of them."""
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
         start = step_of_epoch * self.num_microbatches
-        return list(_epoch(self, epoch)[start : start + self.num_microbatches])
+        microbatches = _epoch(self, epoch)[start : start + self.num_microbatches]
+        costs = [len(rows) * max(self.lengths[row] for row in rows) for rows in microbatches]
+        return [microbatches[i] for i in balanced_order(costs)]
+
+
+def balanced_order(costs: Sequence[float]) -> list[int]:
+    """Items in an order in which contiguous ranges cost about as much as they have items.
+
+    A rank takes a contiguous range of a step's micro-batches, and all wait for the slowest. The items are split in two
+    where the canonical sum splits (at the largest power of two below their number), so that both parts have nearly the
+    same mean, and each part in the same way: from the dearest on, each item goes to the side with the most left to
+    spend per free place.
+    """
+
+    def arrange(items: list[int]) -> list[int]:
+        if len(items) < 2:
+            return items
+        left = 1 << ((len(items) - 1).bit_length() - 1)
+        mean = sum(costs[item] for item in items) / len(items)
+        sides: tuple[list[int], list[int]] = ([], [])
+        free = [left, len(items) - left]
+        budget = [mean * places for places in free]
+        for item in items:
+            side = max((i for i in (0, 1) if free[i]), key=lambda i: budget[i] / free[i])
+            sides[side].append(item)
+            free[side] -= 1
+            budget[side] -= costs[item]
+        return arrange(sides[0]) + arrange(sides[1])
+
+    return arrange(sorted(range(len(costs)), key=lambda item: -costs[item]))
 
 
 def _num_draws(span: tuple[int, int, float]) -> int:

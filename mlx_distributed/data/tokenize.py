@@ -87,7 +87,8 @@ def tokenize_corpus(corpus: Corpus, tokenizer: Any, data: DataConfig) -> Tokeniz
     for name, rows, given in (("training", train_rows, train), ("validation", validation_rows, validation)):
         if given and not rows:
             raise DataError(
-                f"none of the {len(given)} {name} rows is left: {report.num_dropped} are longer than "
+                f"none of the {len(given)} {name} rows is left: of all {report.num_rows} rows, validation too, "
+                f"{report.num_dropped} are longer than "
                 f"data.max_seq_length={data.max_seq_length} tokens, {report.num_untrainable} have no trainable token, "
                 f"{sum(report.invalid.values())} are invalid; raise data.max_seq_length or mend the rows"
             )

@@ -33,7 +33,7 @@ from common import (
 
 from mlx_distributed.config import load_config, to_dict
 
-WARMUP_STEPS = 3
+WARMUP_STEPS = 2
 QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
 
 
@@ -53,7 +53,7 @@ def ten_million(folder: Path, num_steps: int, method: str) -> dict[str, Any]:
         "model": {"path": str(folder / "model")},
         "method": method,
         "data": {"train": str(data)},
-        "train": {"global_batch_size": 16, "micro_batch_size": 4, "max_steps": num_steps},
+        "train": {"global_batch_size": 32, "micro_batch_size": 4, "max_steps": num_steps},
         "checkpoint": {"steps": None},
     }
 
@@ -91,8 +91,8 @@ def main() -> None:
     with workplace(options.blas) as folder:
         configs = {
             "quick start": quickstart(150),
-            "10 M, full": ten_million(folder, 12, "full"),
-            "10 M, LoRA": ten_million(folder, 12, "lora"),
+            "10 M, full": ten_million(folder, 8, "full"),
+            "10 M, LoRA": ten_million(folder, 8, "lora"),
         }
         print_machine()
         unit = "label tokens/s"

@@ -20,7 +20,7 @@ DEFAULTS = {
     "TOKENIZERS_PARALLELISM": "false",
     "GRPC_VERBOSITY": "NONE",
 }
-GLIBC = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_ARENA_MAX": "2"}
+GLIBC = {"MALLOC_ARENA_MAX": "1"}
 
 
 def test_a_worker_has_one_thread_of_each_kind() -> None:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_distributed.data.plan import Plan, random_keys
+from mlx_distributed.data.plan import Plan, balanced_order, random_keys
+from mlx_distributed.parallel.data import share
 
 
 def rows_of(plan: Plan, steps: range) -> list[int]:
@@ -103,6 +104,24 @@ def test_little_padding_and_mixed_steps() -> None:
     assert 1 - tokens / padded < 0.06
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.5
     assert np.std(means) < 0.75 * lengths.std()
+
+
+@given(st.lists(st.integers(1, 1000), max_size=70))
+def test_a_balanced_order_is_an_order(costs: list[int]) -> None:
+    assert sorted(balanced_order(costs)) == list(range(len(costs)))
+
+
+@pytest.mark.parametrize(("num", "size", "within"), [(4, 2, 1.12), (8, 2, 1.05), (8, 3, 1.09), (16, 4, 1.05)])
+def test_ranges_of_a_balanced_order_cost_alike(num: int, size: int, within: float) -> None:
+    rng = np.random.default_rng(0)
+    places = max(stop - start for start, stop in share(num, [1.0] * size))
+    excess = []
+    for _ in range(200):
+        costs = rng.integers(10, 100, num)
+        ordered = costs[balanced_order(costs.tolist())]
+        dearest = max(ordered[start:stop].sum() for start, stop in share(num, [1.0] * size))
+        excess.append(dearest / (costs.mean() * places))
+    assert np.mean(excess) < within
 
 
 def test_keys_are_those_of_splitmix64() -> None:
