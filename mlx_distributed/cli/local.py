@@ -87,7 +87,7 @@ def worker_environment(environ: Mapping[str, str], platform: str) -> tuple[dict[
     # gRPC reports a connection that ends on stderr by itself; our errors say it better.
     env.setdefault("GRPC_VERBOSITY", "NONE")
     if platform == "linux":
-        # By itself glibc keeps freed buckets for each thread that had some: 200 MB more for a worker of 50 M parameters.
+        # By itself glibc keeps freed buckets for each thread that had some, 200 MB for a worker of 50 M parameters.
         # To give every block back at once (MALLOC_MMAP_THRESHOLD_) made a step half as long again, all page faults.
         env.setdefault("MALLOC_ARENA_MAX", "1")
     hint = None
