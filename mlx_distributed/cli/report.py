@@ -29,6 +29,8 @@ def step_metrics(info: StepInfo) -> dict[str, float]:
         "perf/tokens_per_s": info.num_tokens / info.step_s,
         "perf/step_s": info.step_s,
         "perf/comm_s": info.comm_s,
+        "perf/comm_exposed_s": info.comm_exposed_s,
+        "perf/sent_bytes": info.sent_bytes,
         "perf/peak_memory_bytes": mx.get_peak_memory(),
     }
 

@@ -19,11 +19,12 @@ from mlx_distributed.models import save_final
 from mlx_distributed.parallel.mesh import Mesh
 from mlx_distributed.tracking import ConsoleTracker, Trackers, open_tracker
 from mlx_distributed.train.agreement import synchronise
-from mlx_distributed.train.checkpoint import Checkpointer, CheckpointMeta
+from mlx_distributed.train.checkpoint import Checkpoint, Checkpointer, CheckpointMeta
 from mlx_distributed.train.evaluation import Sample, evaluate_generation
+from mlx_distributed.train.feedback import hand_out
 from mlx_distributed.train.hooks import Evaluate, Save, every
 from mlx_distributed.train.state import TrainState
-from mlx_distributed.train.trainer import StepInfo, Trainer, make_optimizer
+from mlx_distributed.train.trainer import StepInfo, Trainer, gradient_layout, make_optimizer
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,15 @@ class _Run:
             config.output_dir / "checkpoints", config.checkpoint.save_total_limit, config.checkpoint.keep_best, print
         )
         first = comm.rank == 0
-        resumed = first and job.resume is not None and self._restore(checkpointer, job.resume)
+        checkpoint = self._restore(checkpointer, job.resume) if first and job.resume is not None else None
         synchronise(self.state, comm)
+        layout = gradient_layout(self.state.parameters, config.parallel.wire)
+        hand_out(self.state.feedback, layout, checkpoint.feedback() if checkpoint else [], comm)
         if first:
             accept_config(config)
-        self.trackers = self._open_trackers(resumed)
+        self.trackers = self._open_trackers(resumed=checkpoint is not None)
         self.trainer = Trainer(config, self.loaded.plan, self.loaded.rows.train, lambda: interrupt.requested)
-        self.save = Save(checkpointer if first else None, self.trackers, self._describe)
+        self.save = Save(checkpointer, comm, layout, self.trackers, self._describe)
         self.save.mark(self.state)
         self.evaluate = Evaluate(
             self.loaded.rows.validation,
@@ -135,17 +138,17 @@ class _Run:
                 self.evaluate(self.state)
         except CommError:
             self.job.on_loss()
-            self.save(self.state)  # The state is that of the last commit, and whole.
+            self.save.alone(self.state)  # The state is that of the last commit, and whole.
             raise
         self.save(self.state)
         return stopped
 
-    def _restore(self, checkpointer: Checkpointer, which: str) -> bool:
-        """Take over a checkpoint of this run; whether there was one."""
+    def _restore(self, checkpointer: Checkpointer, which: str) -> Checkpoint | None:
+        """Take over a checkpoint of this run, where there is one."""
         checkpoint = checkpointer.find(which)
         if checkpoint is None:
             print("nothing to resume from: starting at the beginning")
-            return False
+            return None
         meta = checkpoint.meta
         meta.check_facts(self.loaded.facts)
         parameters, optimizer = checkpoint.load()
@@ -154,7 +157,7 @@ class _Run:
         self.wandb_id = meta.wandb_id or self.wandb_id
         checkpointer.set_aside_after(meta.step)
         print(f"resumed from {checkpoint.folder}, step {meta.step}")
-        return True
+        return checkpoint
 
     def _open_trackers(self, resumed: bool) -> Trackers:
         """Rank 0 tells people; the console of the others is their log file."""

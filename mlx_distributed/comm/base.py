@@ -7,15 +7,27 @@ only error raised is `CommError`, after which the communicator is dead and every
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import mlx.core as mx
 
 from mlx_distributed.comm.buckets import Bucket, BucketLayout
+from mlx_distributed.comm.compress import Feedback
 from mlx_distributed.comm.tree_sum import Node, TreeSum
 
 Parts = Mapping[Node, Bucket]
 """The partial sums that a rank holds of one bucket, by node of the summation tree."""
+
+
+@dataclass
+class Traffic:
+    """What a rank's operations have cost so far."""
+
+    reduce_s: float = 0.0
+    """Of every all_reduce, from its first bucket given to its last one got."""
+    sent_bytes: int = 0
+    """To all peers, with headers."""
 
 
 class Communicator(Protocol):
@@ -24,9 +36,15 @@ class Communicator(Protocol):
     rank: int
     size: int
     generation: int
+    traffic: Traffic
 
     def all_reduce(
-        self, layout: Sequence[BucketLayout], num_leaves: int, buckets: Iterable[Parts], what: str
+        self,
+        layout: Sequence[BucketLayout],
+        num_leaves: int,
+        buckets: Iterable[Parts],
+        what: str,
+        feedback: Feedback | None = None,
     ) -> list[Bucket]:
         """The canonical sum of the partial sums that all ranks hold.
 
@@ -36,6 +54,7 @@ class Communicator(Protocol):
                 rank may hold none.
             buckets: this rank's parts of each bucket in the order of `layout`, consumed one by one: a bucket is on its
                 way while the iterable works on the next, so give a generator that computes.
+            feedback: takes what lossy wire formats leave out, and what they have left out before is sent with these.
 
         Returns:
             The summed buckets, the same bits on every rank.
@@ -91,8 +110,16 @@ class LocalComm:
     size = 1
     generation = 0
 
+    def __init__(self) -> None:
+        self.traffic = Traffic()
+
     def all_reduce(
-        self, layout: Sequence[BucketLayout], num_leaves: int, buckets: Iterable[Parts], what: str
+        self,
+        layout: Sequence[BucketLayout],
+        num_leaves: int,
+        buckets: Iterable[Parts],
+        what: str,
+        feedback: Feedback | None = None,
     ) -> list[Bucket]:
         return [finish_tree(parts, num_leaves) for parts in buckets]
 

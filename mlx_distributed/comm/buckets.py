@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from mlx_distributed.comm.compress import CODECS
+
 BUCKET_BYTES = 4 << 20
 """2-8 MB hid most of the communication behind the backward pass when measured; larger ones start too late."""
 
@@ -48,6 +50,13 @@ class BucketLayout:
 
     leaves: tuple[Leaf, ...]
     dtype: mx.Dtype
+    wire: str = "fp32"
+    """How float32 values travel: a key of `compress.CODECS`."""
+
+    @property
+    def lossy(self) -> bool:
+        """Not all of a value travels."""
+        return self.dtype == mx.float32 and not CODECS[self.wire].exact
 
     @property
     def size(self) -> int:
@@ -55,8 +64,9 @@ class BucketLayout:
         return sum(leaf.size for leaf in self.leaves)
 
     def pack(self, arrays: Bucket) -> np.ndarray:
-        """Copy evaluated arrays into one flat host buffer of `size` elements."""
-        return np.concatenate([np.asarray(array).reshape(-1) for array in arrays])
+        """Evaluated arrays -> one flat host buffer of `size` elements, a view where there is one array."""
+        flat = [np.asarray(array).reshape(-1) for array in arrays]
+        return flat[0] if len(flat) == 1 else np.concatenate(flat)
 
     def unpack(self, flat: np.ndarray) -> Bucket:
         """Flat host buffer of `size` elements -> new arrays of their shapes."""
@@ -82,10 +92,12 @@ def backward_order(names: Sequence[str]) -> list[str]:
     return sorted(names, key=key)
 
 
-def make_layout(arrays: Mapping[str, mx.array], bucket_bytes: int = BUCKET_BYTES) -> tuple[BucketLayout, ...]:
+def make_layout(
+    arrays: Mapping[str, mx.array], bucket_bytes: int = BUCKET_BYTES, wire: str = "fp32"
+) -> tuple[BucketLayout, ...]:
     """Group named arrays, in the order given, into buckets of one dtype and of at most `bucket_bytes`.
 
-    An array larger than that gets a bucket of its own.
+    An array larger than that gets a bucket of its own. `wire` is how float32 values are to travel.
     """
     buckets: list[tuple[list[Leaf], mx.Dtype, int]] = []
     for name, array in arrays.items():
@@ -97,7 +109,7 @@ def make_layout(arrays: Mapping[str, mx.array], bucket_bytes: int = BUCKET_BYTES
             buckets.append(([*leaves, leaf], dtype, num_bytes + array.nbytes))
         else:
             buckets.append(([leaf], array.dtype, array.nbytes))
-    return tuple(BucketLayout(tuple(leaves), dtype) for leaves, dtype, _ in buckets)
+    return tuple(BucketLayout(tuple(leaves), dtype, wire) for leaves, dtype, _ in buckets)
 
 
 def to_buckets(layout: Sequence[BucketLayout], arrays: Mapping[str, mx.array]) -> list[Bucket]:

@@ -15,6 +15,7 @@ def join_group(
     timeout_s: float,
     listen: str,
     exchange: Callable[[str], Sequence[str]],
+    bandwidths: Sequence[float] | None = None,
 ) -> Communicator:
     """Join the group of a run.
 
@@ -25,6 +26,7 @@ def join_group(
         timeout_s: a peer that is waited for and sends nothing for so long is given up.
         listen: address to listen on; port 0 takes a free one.
         exchange: told the address that this rank listens on, gives those of all ranks.
+        bandwidths: of each rank's link, in any unit; None means that they are alike.
 
     Raises:
         CommError: the address is in use, or a peer did not come or was refused.
@@ -32,7 +34,7 @@ def join_group(
     if size == 1:
         exchange("")
         return LocalComm()
-    comm = GrpcComm(rank, size, run_id, timeout_s=timeout_s, listen=listen)
+    comm = GrpcComm(rank, size, run_id, timeout_s=timeout_s, listen=listen, bandwidths=bandwidths)
     try:
         comm.connect(exchange(comm.address))
     except BaseException as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import math
 import threading
 import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
@@ -23,9 +24,10 @@ from google.protobuf.message import DecodeError
 
 from mlx_distributed import __version__
 from mlx_distributed.comm._pb import collective_pb2 as pb
-from mlx_distributed.comm.base import Parts
+from mlx_distributed.comm.base import Parts, Traffic
 from mlx_distributed.comm.buckets import NUMPY_DTYPES, Bucket, BucketLayout
-from mlx_distributed.comm.reduction import Reduction
+from mlx_distributed.comm.compress import Feedback
+from mlx_distributed.comm.reduction import BucketKind, Reduction, ownership
 from mlx_distributed.comm.session import LINGER_S, Link, Session
 from mlx_distributed.comm.wire import (
     MAX_FRAME_BYTES,
@@ -82,6 +84,7 @@ class GrpcComm:
         generation: of the group; frames of another one are refused.
         timeout_s: a peer that is waited for and sends nothing for so long is given up.
         listen: address to listen on; port 0 takes a free one.
+        bandwidths: of each rank's link, in any unit, the same on every rank; None means that they are alike.
 
     Raises:
         CommError: the address cannot be listened on.
@@ -95,8 +98,11 @@ class GrpcComm:
         generation: int = 0,
         timeout_s: float = 300.0,
         listen: str = "127.0.0.1:0",
+        bandwidths: Sequence[float] | None = None,
     ) -> None:
         self.rank, self.size, self.generation = rank, size, generation
+        self.traffic = Traffic()
+        self._shares = ownership(bandwidths or [1.0] * size)
         self._run_id = run_id
         self._session = Session(rank, generation, group_tag(run_id, generation), timeout_s)
         self._dialling: list[asyncio.Task[None]] = []
@@ -120,22 +126,32 @@ class GrpcComm:
         self._run(self._connect(addresses))
 
     def all_reduce(
-        self, layout: Sequence[BucketLayout], num_leaves: int, buckets: Iterable[Parts], what: str
+        self,
+        layout: Sequence[BucketLayout],
+        num_leaves: int,
+        buckets: Iterable[Parts],
+        what: str,
+        feedback: Feedback | None = None,
     ) -> list[Bucket]:
         name, begun_s = f"all_reduce of {what}", time.monotonic()
         self._check(name, begun_s)
         self._num_reductions += 1
-        shapes = [(bucket.size, np.dtype(NUMPY_DTYPES[bucket.dtype])) for bucket in layout]
-        reduction = Reduction(self._num_reductions, self.rank, self.size, shapes, num_leaves)
+        kinds = [BucketKind(bucket.size, np.dtype(NUMPY_DTYPES[bucket.dtype]), bucket.wire) for bucket in layout]
+        reduction = Reduction(self._num_reductions, self.rank, self._shares, kinds, num_leaves, feedback)
         self._call(self._session.begin, reduction)
+        given_s = math.inf
         for index, parts in enumerate(buckets):
+            given_s = min(given_s, time.monotonic())
             packed = {node: layout[index].pack(bucket) for node, bucket in parts.items()}
             self._check(name, begun_s)
             self._call(self._session.contribute, reduction, index, packed)
             del packed
         self._call(self._session.end, reduction)
         self._run(self._session.wait(name, lambda: reduction.done, reduction.waiting_for, begun_s))
-        return [bucket.unpack(reduction.take(index)) for index, bucket in enumerate(layout)]
+        results = [bucket.unpack(reduction.take(index)) for index, bucket in enumerate(layout)]
+        self.traffic.reduce_s += max(time.monotonic() - given_s, 0.0)
+        self.traffic.sent_bytes = self._session.sent_bytes
+        return results
 
     def all_gather(self, array: mx.array, what: str) -> list[mx.array]:
         name, tag = f"all_gather of {what}", self._internal_tag()

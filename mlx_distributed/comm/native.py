@@ -13,8 +13,9 @@ from typing import TypeVar
 import mlx.core as mx
 import numpy as np
 
-from mlx_distributed.comm.base import Parts, add_buckets
+from mlx_distributed.comm.base import Parts, Traffic, add_buckets
 from mlx_distributed.comm.buckets import Bucket, BucketLayout
+from mlx_distributed.comm.compress import Feedback
 from mlx_distributed.comm.wire import array_from_chunks, array_to_chunks
 from mlx_distributed.errors import CommError
 
@@ -35,11 +36,17 @@ class NativeComm:
 
     def __init__(self, backend: str = "any") -> None:
         self._failure: str | None = None
+        self.traffic = Traffic()
         self._group = self._guard("init", lambda: mx.distributed.init(strict=True, backend=backend))
         self.rank, self.size = self._group.rank(), self._group.size()
 
     def all_reduce(
-        self, layout: Sequence[BucketLayout], num_leaves: int, buckets: Iterable[Parts], what: str
+        self,
+        layout: Sequence[BucketLayout],
+        num_leaves: int,
+        buckets: Iterable[Parts],
+        what: str,
+        feedback: Feedback | None = None,
     ) -> list[Bucket]:
         results = []
         for shape, parts in zip(layout, buckets, strict=True):
@@ -49,7 +56,10 @@ class NativeComm:
             if own is None:
                 own = [mx.zeros(leaf.shape, shape.dtype) for leaf in shape.leaves]
             flat = mx.concatenate([array.reshape(-1) for array in own])
+            start_s = time.monotonic()
             summed = self._sum(flat, f"all_reduce of {what}")
+            self.traffic.reduce_s += time.monotonic() - start_s
+            self.traffic.sent_bytes += summed.nbytes
             stops = np.cumsum([leaf.size for leaf in shape.leaves])[:-1].tolist()
             pieces = mx.split(summed, stops)
             results.append([piece.reshape(leaf.shape) for piece, leaf in zip(pieces, shape.leaves, strict=True)])

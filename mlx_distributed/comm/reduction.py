@@ -1,41 +1,60 @@
 """One all_reduce as one rank sees it: frames in, frames out, and no transport.
 
-Every rank owns one slice of every bucket. A rank sends each of its partial sums to the owners, slice by slice (PART);
-an owner adds what comes along the canonical tree (`TreeSum`) and sends the finished slice to all (RESULT). As many
-bytes travel as in a ring, in two hops on any number of ranks, and the order of addition does not depend on who holds
-what.
+A large bucket is cut into slices, one owned by each rank. A rank sends each of its partial sums to the owners, slice
+by slice (PART); an owner adds what comes along the canonical tree (`TreeSum`) and sends the finished slice to all
+(RESULT). As many bytes travel as in a ring, in two hops on any number of ranks, and the order of addition does not
+depend on who holds what. Between two ranks, and for a small bucket, every rank sends its parts to all and owns the
+whole: one hop.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
+from mlx_distributed.comm.compress import Codec, Feedback, Payload, codec_for
 from mlx_distributed.comm.tree_sum import Node, TreeSum
-from mlx_distributed.comm.wire import CHUNK_BYTES, Frame, FrameError, Kind
+from mlx_distributed.comm.wire import Frame, FrameError, Kind
 
-SMALL_BYTES = 64 << 10
-"""A bucket up to this size has one owner: latency counts there, and a slice each would multiply the messages."""
+DIRECT_BYTES = 64 << 10
+"""Up to this size a bucket takes one hop: latency counts there, and not bytes."""
 
 Outgoing = tuple[int, Frame]
 """Receiving rank and frame."""
 
 
-def slices(bucket: int, num_elements: int, itemsize: int, size: int) -> list[tuple[int, int]]:
-    """The half-open range of a bucket's elements that each rank owns."""
-    if num_elements * itemsize <= SMALL_BYTES:
-        owner = bucket % size
-        return [(0, num_elements) if rank == owner else (0, 0) for rank in range(size)]
-    edges = [num_elements * rank // size for rank in range(size + 1)]
-    return list(itertools.pairwise(edges))
+def ownership(bandwidths: Sequence[float]) -> list[float]:
+    """The share of every large bucket that each of several ranks owns, so that all links are busy equally long.
+
+    Of a bucket of S bytes rank i sends, and receives, S (1 + (n - 2) s_i): the slices of the others to their owners,
+    and its own result to each of them. The time of the slowest is least when S (1 + (n - 2) s_i) / b_i is the same for
+    all; a link so slow that even owning nothing takes longer owns nothing.
+
+    Args:
+        bandwidths: of each rank's link, in any unit.
+
+    Source:
+        the linear programme of Ryabinin et al. 2021, "Moshpit SGD" and "hivemind", solved for this exchange.
+    """
+    size = len(bandwidths)
+    if size <= 2:
+        return [1 / size] * size
+    time = max((2 * size - 2) / sum(bandwidths), 1 / min(bandwidths))
+    spare = [max(time * bandwidth - 1, 0.0) for bandwidth in bandwidths]
+    return [share / sum(spare) for share in spare]
 
 
-def chunks(start: int, stop: int, itemsize: int) -> list[tuple[int, int]]:
-    """A slice cut into ranges of at most `CHUNK_BYTES`."""
-    length = CHUNK_BYTES // itemsize
+def slices(num_elements: int, shares: Sequence[float]) -> list[tuple[int, int]]:
+    """The half-open range of a large bucket's elements that each rank owns."""
+    edges = [round(num_elements * share) for share in itertools.accumulate(shares, initial=0.0)]
+    return list(itertools.pairwise([*edges[:-1], num_elements]))
+
+
+def chunks(start: int, stop: int, length: int) -> list[tuple[int, int]]:
+    """A range cut into ranges of at most `length`."""
     return [(at, min(at + length, stop)) for at in range(start, stop, length)]
 
 
@@ -44,18 +63,45 @@ class _BucketState:
     """What this rank holds of one bucket."""
 
     dtype: np.dtype
+    codec: Codec
+    direct: bool
+    """Every rank owns the whole."""
     chunks: list[list[tuple[int, int]]]
     """By owning rank, the ranges of its chunks."""
     trees: list[TreeSum[np.ndarray]]
-    """By chunk of the slice that this rank owns."""
+    """By chunk that this rank owns."""
     num_elements: int
+    missing: list[set[int]]
+    """By owning rank, the chunks of the result that are not here yet."""
+    owed: tuple[np.ndarray | None, np.ndarray] | None
+    """Of a codec that is not exact: what was left out before, and what is being left out now."""
     result: np.ndarray | None = None
     """Made when its first chunk comes, gone when it is taken."""
-    missing: list[set[int]] = field(default_factory=list)
-    """By owning rank, the chunks of the result that are not here yet."""
 
-    def __post_init__(self) -> None:
-        self.missing = [set(range(len(ranges))) for ranges in self.chunks]
+    def encode(self, start: int, stop: int, values: np.ndarray, first: bool) -> tuple[Payload, np.ndarray]:
+        """Values of a range as they travel, and what they decode to. What was left out before goes with the first."""
+        if self.codec.exact:
+            return self.codec.encode(values), values
+        before, after = self.owed or (None, None)
+        if first and before is not None:
+            values = values + before[start:stop]
+        payload = self.codec.encode(values)
+        decoded = self.codec.decode(payload, stop - start)
+        if after is not None:
+            if first:
+                np.subtract(values, decoded, out=after[start:stop])
+            else:
+                after[start:stop] += values - decoded
+        return payload, decoded
+
+
+@dataclass(frozen=True)
+class BucketKind:
+    """What all ranks must agree on about a bucket."""
+
+    num_elements: int
+    dtype: np.dtype
+    wire: str = "fp32"
 
 
 class Reduction:
@@ -64,39 +110,60 @@ class Reduction:
     Args:
         op: number of the operation in its group.
         rank: of this worker.
-        size: of the group.
-        buckets: elements and numpy dtype of each bucket.
+        shares: of every rank in the ownership of a large bucket, adding up to 1.
+        buckets: of the operation.
         num_leaves: of the summation tree.
+        feedback: takes what lossy wire formats leave out; None lets it go.
     """
 
-    def __init__(self, op: int, rank: int, size: int, buckets: Sequence[tuple[int, np.dtype]], num_leaves: int) -> None:
-        self.op, self._rank, self._size = op, rank, size
-        self._not_ended = set(range(size))
+    def __init__(
+        self,
+        op: int,
+        rank: int,
+        shares: Sequence[float],
+        buckets: Sequence[BucketKind],
+        num_leaves: int,
+        feedback: Feedback | None = None,
+    ) -> None:
+        self.op, self._rank, self._size = op, rank, len(shares)
+        self._peers = [peer for peer in range(self._size) if peer != rank]
+        self._not_ended = set(range(self._size))
         self._buckets: list[_BucketState] = []
-        for index, (num_elements, dtype) in enumerate(buckets):
-            owned = slices(index, num_elements, dtype.itemsize, size)
-            ranges = [chunks(start, stop, dtype.itemsize) for start, stop in owned]
+        for index, bucket in enumerate(buckets):
+            codec = codec_for(bucket.wire, bucket.dtype)
+            num_bytes = bucket.num_elements * bucket.dtype.itemsize
+            direct = self._size <= 2 or num_bytes <= DIRECT_BYTES
+            whole = (0, bucket.num_elements)
+            owned = [whole] * self._size if direct else slices(bucket.num_elements, shares)
+            ranges = [chunks(*slice_, codec.chunk_bytes // bucket.dtype.itemsize) for slice_ in owned]
+            missing = [set(range(len(r))) if i == rank or not direct else set() for i, r in enumerate(ranges)]
             trees = [TreeSum[np.ndarray](num_leaves) for _ in ranges[rank]]
-            self._buckets.append(_BucketState(dtype, ranges, trees, num_elements))
+            owed = None if codec.exact or feedback is None else feedback.begin(index, bucket.num_elements)
+            self._buckets.append(
+                _BucketState(bucket.dtype, codec, direct, ranges, trees, bucket.num_elements, missing, owed)
+            )
 
     def contribute(self, index: int, parts: Mapping[Node, np.ndarray]) -> Iterator[Outgoing]:
         """Put in this rank's partial sums of one bucket: flat buffers, which must not be changed afterwards."""
         state = self._buckets[index]
-        for node, flat in parts.items():
-            for peer, ranges in enumerate(state.chunks):
+        for number, (node, flat) in enumerate(parts.items()):
+            for owner, ranges in enumerate(state.chunks):
+                if state.direct and owner != self._rank:
+                    continue
+                to = self._peers if state.direct else [owner] if owner != self._rank else []
                 for chunk, (start, stop) in enumerate(ranges):
-                    if peer == self._rank:
-                        yield from self._add(index, chunk, node, flat[start:stop])
-                    else:
-                        payload = flat[start:stop].data.cast("B")
-                        yield peer, Frame(Kind.PART, self.op, index, chunk, *node, payload)
+                    values = flat[start:stop]
+                    if to:
+                        payload, values = state.encode(start, stop, values, first=number == 0)
+                        part = Frame(Kind.PART, self.op, index, chunk, *node, payload)
+                        yield from ((peer, part) for peer in to)
+                    if owner == self._rank:
+                        yield from self._add(index, chunk, node, values)
 
     def end(self) -> Iterator[Outgoing]:
         """All parts of this rank have been put in."""
         self._end(self._rank)
-        for peer in range(self._size):
-            if peer != self._rank:
-                yield peer, Frame(Kind.END, self.op)
+        yield from ((peer, Frame(Kind.END, self.op)) for peer in self._peers)
 
     def receive(self, peer: int, frame: Frame) -> Iterator[Outgoing]:
         """Take in a frame of this operation.
@@ -114,16 +181,16 @@ class Reduction:
         if frame.chunk >= len(state.chunks[owner]):
             raise FrameError(f"sent chunk {frame.chunk} of {len(state.chunks[owner])} of bucket {frame.bucket}")
         start, stop = state.chunks[owner][frame.chunk]
-        if len(frame.payload) != (stop - start) * state.dtype.itemsize:
+        if len(frame.payload) != state.codec.num_bytes(stop - start):
             raise FrameError(f"sent {len(frame.payload)} bytes for {stop - start} elements of {state.dtype}")
-        values = np.frombuffer(frame.payload, state.dtype)
+        values = state.codec.decode(frame.payload, stop - start)
         if frame.kind is Kind.PART:
             if peer not in self._not_ended:
                 raise FrameError("sent a part after its last one")
             yield from self._add(frame.bucket, frame.chunk, (frame.lo, frame.hi), values)
         else:
             if frame.chunk not in state.missing[peer]:
-                raise FrameError(f"sent chunk {frame.chunk} of the result of bucket {frame.bucket} twice")
+                raise FrameError(f"sent chunk {frame.chunk} of the result of bucket {frame.bucket}, which is not due")
             self._finish_chunk(frame.bucket, peer, frame.chunk, values)
 
     def waiting_for(self) -> set[int]:
@@ -154,11 +221,11 @@ class Reduction:
             raise FrameError(f"sent a part that does not fit: {error}") from None
         if tree.complete:
             total = tree.total
+            if not state.direct:
+                payload, total = state.encode(*state.chunks[self._rank][chunk], total, first=True)
+                result = Frame(Kind.RESULT, self.op, index, chunk, payload=payload)
+                yield from ((peer, result) for peer in self._peers)
             self._finish_chunk(index, self._rank, chunk, total)
-            payload = total.data.cast("B")
-            for peer in range(self._size):
-                if peer != self._rank:
-                    yield peer, Frame(Kind.RESULT, self.op, index, chunk, payload=payload)
             # Only that it is complete matters from here on; the values would stay until the operation ends.
             tree.parts[(0, tree.num_leaves)] = np.empty(0, state.dtype)
 

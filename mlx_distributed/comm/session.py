@@ -17,7 +17,7 @@ import numpy as np
 from mlx_distributed.comm.mailbox import MAX_UNREAD_BYTES, Mailbox
 from mlx_distributed.comm.reduction import Outgoing, Reduction
 from mlx_distributed.comm.tree_sum import Node
-from mlx_distributed.comm.wire import NOT_AS_EXPECTED, Frame, FrameError, Kind, decode, encode
+from mlx_distributed.comm.wire import HEADER_BYTES, NOT_AS_EXPECTED, Frame, FrameError, Kind, decode, encode
 from mlx_distributed.errors import CommError
 
 LINGER_S = 0.5
@@ -27,12 +27,27 @@ MAX_REASON_CHARS = 2000
 """Of what a peer says on leaving."""
 
 
+_OF_A_REDUCTION = (Kind.PART, Kind.END, Kind.RESULT)
+
+
+class _Message:
+    """A frame in the queues of one or several peers: its bytes are made once, when the first of them takes it."""
+
+    def __init__(self, frame: Frame) -> None:
+        self.frame = frame
+        self._data: bytes | None = None
+
+    def encoded(self, tag: int) -> bytes:
+        self._data = self._data or encode(tag, self.frame)
+        return self._data
+
+
 class Link:
     """The stream to one peer."""
 
     def __init__(self, read: Callable[[], Awaitable[bytes]], write: Callable[[bytes], Awaitable[None]]) -> None:
         self.read, self.write = read, write
-        self.queue: asyncio.Queue[Frame | bytes | None] = asyncio.Queue()
+        self.queue: asyncio.Queue[_Message | None] = asyncio.Queue()
         """To be sent; None ends it."""
         self.moved_s = time.monotonic()
         """When a frame last went either way: a peer that still takes what we send is not silent."""
@@ -53,6 +68,8 @@ class Session:
     def __init__(self, rank: int, generation: int, tag: int, timeout_s: float) -> None:
         self.rank, self.generation, self.timeout_s = rank, generation, timeout_s
         self.links: dict[int, Link] = {}
+        self.sent_bytes = 0
+        """To all peers, with headers; what is still queued counts as sent."""
         self.failure: tuple[int | None, str] | None = None
         """The rank that caused the first failure, and the reason; the session is dead from then on."""
         self._tag = tag
@@ -74,10 +91,13 @@ class Session:
         if self.failure is not None:
             return
         self.failure = (peer, reason)
+        unfinished = self._op + 1 if self._reduction is None else self._op
         payload = json.dumps({"peer": self.rank if peer is None else peer, "reason": reason}).encode()
         for link in self.links.values():
-            while not link.queue.empty():  # Nobody will use what was still to be sent.
-                link.queue.get_nowait()
+            queued = [link.queue.get_nowait() for _ in range(link.queue.qsize())]
+            for item in queued:  # Only what we have finished is of use to a peer, which may be about to finish it too.
+                if item is not None and item.frame.kind in _OF_A_REDUCTION and item.frame.op < unfinished:
+                    link.queue.put_nowait(item)
             self._leave(link, Frame(Kind.ABORT, payload=payload))
         self._notify()
 
@@ -98,16 +118,14 @@ class Session:
 
     def post(self, outgoing: Iterable[Outgoing]) -> None:
         """Queue frames for their peers."""
-        made: tuple[bytes | memoryview, bytes] | None = None
+        message: _Message | None = None
         for peer, frame in outgoing:
             if self.failure is not None:
                 return
-            item: Frame | bytes = frame
-            if frame.kind is Kind.RESULT:  # The same bytes go to every peer: made once.
-                if made is None or made[0] is not frame.payload:
-                    made = (frame.payload, encode(self._tag, frame))
-                item = made[1]
-            self.links[peer].queue.put_nowait(item)
+            if message is None or message.frame is not frame:
+                message = _Message(frame)
+            self.sent_bytes += HEADER_BYTES + len(frame.payload)
+            self.links[peer].queue.put_nowait(message)
 
     async def take(self, peer: int, tag: int, name: str) -> list[bytes | memoryview]:
         """The chunks of the next message of `peer` with this tag."""
@@ -188,7 +206,7 @@ class Session:
         return {peer for peer, link in self.links.items() if not link.left}
 
     def _leave(self, link: Link, frame: Frame) -> None:
-        link.queue.put_nowait(frame)
+        link.queue.put_nowait(_Message(frame))
         link.queue.put_nowait(None)
 
     def _guard(self, outgoing: Callable[[], Iterable[Outgoing]]) -> None:
@@ -199,9 +217,9 @@ class Session:
         self._notify()
 
     async def _write(self, link: Link) -> None:
-        while (item := await link.queue.get()) is not None:
+        while (message := await link.queue.get()) is not None:
             try:
-                await link.write(item if isinstance(item, bytes) else encode(self._tag, item))
+                await link.write(message.encoded(self._tag))
                 link.moved_s = time.monotonic()
             except ConnectionError:
                 return  # The reading side of the same stream sees it too, and names the peer.

@@ -28,7 +28,8 @@ _DTYPES = {
 }
 
 _HEADER = struct.Struct("<QBxxxIIIII")
-MAX_FRAME_BYTES = CHUNK_BYTES + _HEADER.size
+HEADER_BYTES = _HEADER.size
+MAX_FRAME_BYTES = CHUNK_BYTES + HEADER_BYTES
 """A larger frame is refused by the transport before it is read."""
 
 

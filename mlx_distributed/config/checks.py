@@ -183,12 +183,13 @@ def _step(config: Config) -> Iterator[Problem]:
 
 def _parallel(parallel: ParallelConfig) -> Iterator[Problem]:
     nproc = parallel.nproc
-    if isinstance(parallel.share, tuple):
-        if len(parallel.share) != nproc:
-            rule = f"has {len(parallel.share)} weights for parallel.nproc={nproc}; give {nproc}, or even"
-            yield Problem("parallel.share", rule, ("parallel.nproc",))
-        elif min(parallel.share) <= 0:
-            yield Problem("parallel.share", "weights must be above 0; give such weights, or start fewer workers")
+    for key, weights in (("parallel.share", parallel.share), ("parallel.bandwidth", parallel.bandwidth)):
+        if isinstance(weights, tuple):
+            if len(weights) != nproc:
+                rule = f"has {len(weights)} weights for parallel.nproc={nproc}; give {nproc}, or even"
+                yield Problem(key, rule, ("parallel.nproc",))
+            elif min(weights) <= 0:
+                yield Problem(key, "weights must be above 0; give such weights, or start fewer workers")
     if parallel.backend == "native" and nproc > 1:
         yield Problem(
             "parallel.nproc",
@@ -196,6 +197,9 @@ def _parallel(parallel: ParallelConfig) -> Iterator[Problem]:
             "use mlx.launch -n, or parallel.backend=grpc",
             ("parallel.backend",),
         )
+    if parallel.backend == "native" and parallel.wire != "fp32":
+        rule = "needs parallel.backend=grpc: a native group sends values as they are; use fp32, or that backend"
+        yield Problem("parallel.wire", rule, ("parallel.backend",))
     if parallel.port and not 1024 <= parallel.port <= 65535 - nproc:
         rule = f"must be 0 (free ports are taken) or from 1024 to {65535 - nproc}, since each worker takes one"
         yield Problem("parallel.port", f"{rule}; 0 is the default", ("parallel.nproc",))

@@ -152,6 +152,12 @@ class ParallelConfig:
     share: Literal["even"] | tuple[float, ...] = "even"
     """How the micro-batches of a step are shared: evenly, or by these weights, one per worker. Does not change the
     result."""
+    wire: Literal["fp32", "bf16", "fp16", "int8", "int4"] = "fp32"
+    """How gradients travel. With `fp32` the sum is exact and the same bits on any number of workers; the others send a
+    half to an eighth of the bytes, and what rounding leaves out is sent with the next step."""
+    bandwidth: Literal["even"] | tuple[float, ...] = "even"
+    """Of the workers' links, in any unit, one per worker: who has a slow one sums less for the others. Does not change
+    the result in `fp32`."""
     timeout_s: float = 300.0
     """A worker that another one waits for and that sends nothing for so long is given up."""
     port: int = 0

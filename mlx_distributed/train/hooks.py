@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 
-from mlx_distributed.comm.base import Communicator
+from mlx_distributed.comm.base import Communicator, LocalComm
+from mlx_distributed.comm.buckets import BucketLayout
 from mlx_distributed.data.tokenize import Row
 from mlx_distributed.tracking import Tracker
+from mlx_distributed.train.agreement import broadcast_bytes
 from mlx_distributed.train.checkpoint import EVAL_LOSS, Checkpointer, CheckpointMeta
 from mlx_distributed.train.evaluation import evaluate_loss
+from mlx_distributed.train.feedback import collect, give
 from mlx_distributed.train.state import TrainState
 from mlx_distributed.train.trainer import StepInfo
 
@@ -27,19 +31,29 @@ def every(num_steps: int | None, hook: Hook) -> Hook:
 
 
 class Save:
-    """Saves the state where there is something to save that has not been saved. Rank 0 saves for all.
+    """Saves the state where there is something to save that has not been saved. Rank 0 saves for all, and the others
+    give it what only they have.
 
     Args:
-        checkpointer: None where another rank saves.
+        checkpointer: used on rank 0 only.
+        comm: of all ranks.
+        layout: of the gradients.
         tracker: is told of each checkpoint.
         describe: what a checkpoint says of a state.
     """
 
     def __init__(
-        self, checkpointer: Checkpointer | None, tracker: Tracker, describe: Callable[[TrainState], CheckpointMeta]
+        self,
+        checkpointer: Checkpointer,
+        comm: Communicator,
+        layout: Sequence[BucketLayout],
+        tracker: Tracker,
+        describe: Callable[[TrainState], CheckpointMeta],
     ) -> None:
-        self._checkpointer, self._tracker, self._describe = checkpointer, tracker, describe
-        best = checkpointer.best_metric() if checkpointer else None
+        self._checkpointer, self._comm, self._layout = checkpointer, comm, layout
+        self._tracker, self._describe = tracker, describe
+        best = checkpointer.best_metric() if comm.rank == 0 else None
+        best = json.loads(broadcast_bytes(json.dumps(best).encode(), comm, "the best loss so far"))
         self._best_loss = math.inf if best is None else best
         self._saved: tuple[int, dict[str, float]] = (0, {})
 
@@ -52,14 +66,26 @@ class Save:
         return state.metrics.get(EVAL_LOSS, math.inf) < self._best_loss
 
     def __call__(self, state: TrainState, info: StepInfo | None = None) -> None:
-        """Raises CheckpointError where that fails."""
-        if self._checkpointer is None or not state.step or self._saved == (state.step, state.metrics):
+        """To be called on all ranks at the same step. Raises CheckpointError where it fails, CommError on a loss."""
+        self._save(state, self._comm)
+
+    def alone(self, state: TrainState) -> None:
+        """Save without the others, whom this rank has lost: what only they had is not in it."""
+        if self._comm.rank == 0:
+            self._save(state, LocalComm())
+
+    def _save(self, state: TrainState, comm: Communicator) -> None:
+        if not state.step or self._saved == (state.step, state.metrics):
             return
         aliases = ["latest", f"step-{state.step}", *(["best"] if self.is_best(state) else [])]
-        folder = self._checkpointer.save(state.parameters, state.optimizer, self._describe(state))
+        if comm.rank == 0:
+            owed = collect(state.feedback, self._layout, comm)
+            folder = self._checkpointer.save(state.parameters, state.optimizer, self._describe(state), owed)
+            self._tracker.checkpoint(folder, state.step, aliases)
+        else:
+            give(state.feedback, self._layout, comm)
         self._best_loss = min(self._best_loss, state.metrics.get(EVAL_LOSS, math.inf))
         self._saved = (state.step, state.metrics)
-        self._tracker.checkpoint(folder, state.step, aliases)
 
 
 class Evaluate:

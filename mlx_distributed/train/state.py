@@ -12,6 +12,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlx_distributed.comm.buckets import Arrays
+from mlx_distributed.comm.compress import Feedback
 from mlx_distributed.errors import CheckpointError
 from mlx_distributed.models import trainable
 from mlx_distributed.parallel.adamw import DistributedAdamW
@@ -45,6 +46,8 @@ class TrainState:
     """Label tokens trained on so far."""
     num_skipped: int = 0
     """Steps skipped in a row, up to now."""
+    feedback: Feedback = field(default_factory=Feedback)
+    """What lossy wire formats have left out of this rank's gradients: the only part that is not the same on all."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Of the last evaluation, if it was made at this very step; they go into the checkpoint."""
 
@@ -69,6 +72,7 @@ class TrainState:
         for group in optimizer.update(self.parameters, gradients, self.optimizer, scale, learning_rate):
             self.model.update(tree_unflatten(list(group.items())))
             mx.eval(group)
+        self.feedback.commit()
         self.step += 1
         self.num_tokens += num_tokens
         self.num_skipped = 0
@@ -76,6 +80,7 @@ class TrainState:
 
     def skip(self) -> None:
         """Pass over the micro-batches of this step without an update."""
+        self.feedback.discard()
         self.step += 1
         self.num_skipped += 1
         self.metrics = {}

@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -54,7 +54,11 @@ class StepInfo:
     """Before clipping."""
     step_s: float
     comm_s: float
-    """Of it, what communication took beyond what computation hid."""
+    """From the first gradient that left to the last that came."""
+    comm_exposed_s: float
+    """Of it, what computation did not hide: what the step waited for."""
+    sent_bytes: int
+    """By this rank."""
     stop_requested: bool
     """Some rank wants to stop after this step."""
     skipped: str | None = None
@@ -99,13 +103,14 @@ class Trainer:
     def train_step(self, state: TrainState, mesh: Mesh) -> StepInfo:
         start_s, step = time.monotonic(), state.step
         microbatches = self.plan.microbatches(step)
-        layout = gradient_layout(state.parameters)
+        layout = gradient_layout(state.parameters, self.config.parallel.wire)
         tally_layout = make_layout(Tally.empty(len(microbatches)).part((0, 0)))
         # Compute: the partial sums that this rank holds. Communicate: sums, never means; may raise CommError.
         parts = _Stopwatch(self._compute(state, microbatches, layout, tally_layout, mesh))
         what = f"the gradients of step {step + 1}"
-        buckets = mesh.dp.all_reduce(layout + tally_layout, len(microbatches), parts, what)
-        comm_s = time.monotonic() - start_s - parts.elapsed_s
+        before = replace(mesh.dp.traffic)
+        buckets = mesh.dp.all_reduce(layout + tally_layout, len(microbatches), parts, what, state.feedback)
+        comm_exposed_s = time.monotonic() - start_s - parts.elapsed_s
         gradients = from_buckets(layout + tally_layout, buckets)
         del buckets  # So that the optimizer's update can free the gradients one by one.
         # Commit: nothing below touches another machine, so a failed step leaves the old state whole.
@@ -126,7 +131,9 @@ class Trainer:
             learning_rate=rate,
             grad_norm=grad_norm,
             step_s=time.monotonic() - start_s,
-            comm_s=comm_s,
+            comm_s=mesh.dp.traffic.reduce_s - before.reduce_s,
+            comm_exposed_s=comm_exposed_s,
+            sent_bytes=mesh.dp.traffic.sent_bytes - before.sent_bytes,
             stop_requested=tally.stop,
             skipped=skipped,
         )
@@ -191,9 +198,9 @@ def make_optimizer(config: Config) -> DistributedAdamW:
     return DistributedAdamW(config.optimizer.betas, config.optimizer.eps, config.optimizer.weight_decay)
 
 
-def gradient_layout(parameters: Arrays) -> tuple[BucketLayout, ...]:
+def gradient_layout(parameters: Arrays, wire: str = "fp32") -> tuple[BucketLayout, ...]:
     """Buckets of the gradients, from the last layer to the first."""
-    return make_layout({name: parameters[name] for name in backward_order(list(parameters))})
+    return make_layout({name: parameters[name] for name in backward_order(list(parameters))}, wire=wire)
 
 
 def why_not_finite(step: int, tally: Tally, grad_norm: float) -> str | None:

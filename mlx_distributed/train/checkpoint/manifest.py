@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,6 +15,12 @@ from mlx_distributed.errors import ConfigError
 SCHEMA_VERSION = 1
 """Goes up whenever a program that knows only the old schema would misread the new one."""
 FILES = ("params.safetensors", "optimizer.safetensors")
+_FEEDBACK = re.compile(r"feedback-[0-9]{4}\.safetensors")
+
+
+def feedback_file(rank: int) -> str:
+    """What a lossy wire format has left out of the gradients of a rank."""
+    return f"feedback-{rank:04d}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ class Manifest:
     """The contents of `manifest.json`."""
 
     files: Mapping[str, FileEntry]
-    """By name: those of `FILES`."""
+    """By name: those of `FILES`, and where the wire format is lossy one of each rank besides."""
     meta: CheckpointMeta
 
     def to_json(self) -> str:
@@ -77,7 +84,7 @@ class Manifest:
 
     @classmethod
     def parse(cls, text: bytes, path: Path) -> Manifest:
-        """Read a manifest that may hold anything. No files but those of `FILES` can be named.
+        """Read a manifest that may hold anything. No files but those of `FILES` and `feedback_file` can be named.
 
         Args:
             text: its bytes.
@@ -101,8 +108,14 @@ class Manifest:
                 "checkpoint that this version wrote"
             )
         record = _record(record, "manifest", ("schema_version", "files", "meta"))
-        files = _record(record["files"], "files", FILES)
-        return cls({name: _file_entry(files[name], name) for name in FILES}, _meta(record["meta"]))
+        feedback = sorted(name for name in _names(record["files"]) if _FEEDBACK.fullmatch(name))
+        names = (*FILES, *feedback)
+        files = _record(record["files"], "files", names)
+        return cls({name: _file_entry(files[name], name) for name in names}, _meta(record["meta"]))
+
+
+def _names(value: object) -> list[str]:
+    return list(value) if isinstance(value, dict) else []
 
 
 def _record(value: object, what: str, names: tuple[str, ...]) -> dict:

@@ -8,6 +8,7 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -62,6 +63,11 @@ class Checkpoint:
         """
         parameters, optimizer = (_load_arrays(self.folder / name) for name in FILES)
         return parameters, optimizer
+
+    def feedback(self) -> list[Callable[[], Arrays]]:
+        """What loads, for each rank of the group that saved, what compression had left out; see `load` for errors."""
+        names = sorted(self.manifest.files.keys() - set(FILES))
+        return [partial(_load_arrays, self.folder / name) for name in names]
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -9,15 +9,16 @@ import itertools
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_distributed.comm.buckets import Arrays
 from mlx_distributed.errors import CheckpointError
-from mlx_distributed.train.checkpoint.manifest import FILES, CheckpointMeta, FileEntry, Manifest
+from mlx_distributed.train.checkpoint.manifest import FILES, CheckpointMeta, FileEntry, Manifest, feedback_file
 from mlx_distributed.train.checkpoint.read import (
     EVAL_LOSS,
     MANIFEST,
@@ -85,12 +86,14 @@ class Checkpointer:
                 checkpoint.folder.rename(aside)
                 self.notice(f"going back behind step {checkpoint.meta.step}: its checkpoint is kept as {aside}")
 
-    def save(self, parameters: Arrays, optimizer: Arrays, meta: CheckpointMeta) -> Path:
+    def save(
+        self, parameters: Arrays, optimizer: Arrays, meta: CheckpointMeta, feedback: Iterable[Arrays] = ()
+    ) -> Path:
         """Write a checkpoint, which is on disk when this returns, and then remove those that need not be kept.
 
         A whole checkpoint of the same step with the same arrays is left as it is, unless `meta` brings new metrics; any
         other one of the same step is replaced. Arrays are written from where they are: the call needs memory only for
-        those that are not contiguous.
+        those that are not contiguous. `feedback` is what compression has left out, one rank after the other.
 
         Returns:
             The folder of the checkpoint.
@@ -102,7 +105,8 @@ class Checkpointer:
         try:
             self._clean()
             try:
-                _write(aside, dict(zip(FILES, (parameters, optimizer), strict=True)), meta)
+                owed = ((feedback_file(rank), arrays) for rank, arrays in enumerate(feedback))
+                _write(aside, chain(zip(FILES, (parameters, optimizer), strict=True), owed), meta)
                 folder = self._put_in_place(aside)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -169,15 +173,15 @@ class _HashingWriter(io.BufferedWriter):
         return super().write(data)
 
 
-def _write(folder: Path, arrays: Mapping[str, Arrays], meta: CheckpointMeta) -> None:
+def _write(folder: Path, files: Iterable[tuple[str, Arrays]], meta: CheckpointMeta) -> None:
     """Make the folder of a checkpoint, the manifest last, everything on disk."""
     if not folder.parent.exists():
         folder.parent.mkdir(parents=True)
         _sync_folder(folder.parent.parent)
     folder.mkdir()
-    files = {name: _write_arrays(folder / name, arrays[name]) for name in FILES}
+    entries = {name: _write_arrays(folder / name, arrays) for name, arrays in files}
     with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        file.write(Manifest(files, meta).to_json())
+        file.write(Manifest(entries, meta).to_json())
         file.flush()
         _sync(file.fileno())
     _sync_folder(folder)

@@ -2,16 +2,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from train_samples import make_rows, make_state
 
-from mlx_distributed.comm.base import LocalComm
+from mlx_distributed.comm.base import Communicator, LocalComm
+from mlx_distributed.comm.compress import Feedback
+from mlx_distributed.testing import run_ranks
 from mlx_distributed.tracking import Trackers
-from mlx_distributed.train.checkpoint import Checkpointer, CheckpointMeta
+from mlx_distributed.train.checkpoint import Checkpointer, CheckpointMeta, locate
 from mlx_distributed.train.evaluation import evaluate_loss
+from mlx_distributed.train.feedback import hand_out
 from mlx_distributed.train.hooks import Evaluate, Save, every
 from mlx_distributed.train.state import TrainState
-from mlx_distributed.train.trainer import StepInfo
+from mlx_distributed.train.trainer import StepInfo, gradient_layout
 
 
 @pytest.mark.parametrize(
@@ -20,7 +24,7 @@ from mlx_distributed.train.trainer import StepInfo
 def test_a_hook_runs_when_it_is_due_wherever_the_run_began(num_steps: int | None, expected: list[int]) -> None:
     seen: list[tuple[TrainState, StepInfo]] = []
     hook, state = every(num_steps, lambda state, info: seen.append((state, info))), make_state()
-    infos = {step: StepInfo(step, 1.0, 1, 1e-3, 1.0, 0.1, 0.0, False) for step in range(3, 10)}
+    infos = {step: StepInfo(step, 1.0, 1, 1e-3, 1.0, 0.1, 0.0, 0.0, 0, False) for step in range(3, 10)}
     for info in infos.values():
         hook(state, info)
     assert seen == [(state, infos[step]) for step in expected]
@@ -38,7 +42,9 @@ def make_save(folder: Path) -> tuple[Save, list[float | None]]:
         losses.append(state.metrics.get("eval/loss"))
         return describe(state)
 
-    return Save(Checkpointer(folder, None, True, print), Trackers([]), describe_and_note), losses
+    layout = gradient_layout(make_state().parameters)
+    save = Save(Checkpointer(folder, None, True, print), LocalComm(), layout, Trackers([]), describe_and_note)
+    return save, losses
 
 
 def at(step: int, loss: float | None = None) -> TrainState:
@@ -72,8 +78,27 @@ def test_the_best_is_that_of_all_runs_in_the_folder(tmp_path: Path) -> None:
         assert [hook.is_best(at(2, loss)) for loss in (6.0, 5.0, 4.0, None)] == [False, False, True, False]
 
 
-def test_another_rank_saves(tmp_path: Path) -> None:
-    Save(None, Trackers([]), describe)(at(1, 5.0))
+def test_rank_0_saves_for_all_with_what_only_they_have(tmp_path: Path) -> None:
+    def work(comm: Communicator) -> dict[str, list[float]]:
+        state = at(1)
+        layout = gradient_layout(state.parameters, "int8")
+        for index, bucket in enumerate(layout):
+            state.feedback.residual[index] = np.full(bucket.size, comm.rank + 1, np.float32)
+        Save(Checkpointer(tmp_path, None, True, print), comm, layout, Trackers([]), describe)(state)
+        comm.barrier("the checkpoint")
+        checkpoint = locate(tmp_path, print)
+        restored = Feedback()
+        hand_out(restored, layout, checkpoint.feedback() if comm.rank == 0 else [], comm)
+        alone = Feedback()
+        hand_out(alone, layout, checkpoint.feedback(), LocalComm())
+        return {
+            "restored": [float(values.mean()) for values in restored.residual.values()],
+            "alone": [float(values.mean()) for values in alone.residual.values()],
+        }
+
+    for rank, found in enumerate(run_ranks(3, work)):
+        assert set(found["restored"]) == {rank + 1.0}
+        assert set(found["alone"]) == {1.0 + 2.0 + 3.0}
 
 
 @pytest.mark.parametrize("keep_best", [True, False])
