@@ -1,6 +1,7 @@
-"""The line between `mlx-train` and a worker that it started: JSON objects, one a line, over a socket pair.
+"""The line between a command and a worker that it started: JSON objects, one a line, over a socket pair.
 
-It carries the job, the addresses of the ranks and, at the end, the error. When it closes, the other side is gone.
+It carries the job, the addresses of the ranks, what rank 0 has to say and, at the end, the error. When it closes, the
+other side is gone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class Control:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._file = sock.makefile("r", encoding="utf-8")
+        self._unread = b""
 
     def send(self, **message: Any) -> None:
         """Send one message; does nothing when the other side is gone."""
@@ -30,15 +31,29 @@ class Control:
 
     def receive(self) -> dict[str, Any] | None:
         """The next message, None when the other side is gone."""
-        try:
-            line = self._file.readline()
-        except OSError:
-            return None
-        return dict(json.loads(line)) if line.endswith("\n") else None
+        while b"\n" not in self._unread:
+            try:
+                data = self._sock.recv(1 << 16)
+            except OSError:
+                return None
+            if not data:
+                return None
+            self._unread += data
+        line, _, self._unread = self._unread.partition(b"\n")
+        return dict(json.loads(line))
 
     def heard(self, timeout_s: float) -> bool:
         """Whether something has come, or the other side has gone, within that time. To be followed by `receive`."""
-        return bool(select.select([self._sock], [], [], timeout_s)[0])
+        return b"\n" in self._unread or bool(select.select([self._sock], [], [], timeout_s)[0])
+
+    def exchange(self, address: str) -> list[str]:
+        """Tell the parent where this worker listens, and be told the addresses of all; from then on, end with it."""
+        self.send(address=address)
+        answer = self.receive()
+        if answer is None:
+            os._exit(1)
+        self.exit_with_parent()
+        return list(answer["addresses"])
 
     def exit_with_parent(self) -> None:
         """End this process at once when the other side is gone, however it went: nobody would stop it otherwise."""
@@ -56,5 +71,4 @@ class Control:
             self._sock.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
-        self._file.close()
         self._sock.close()

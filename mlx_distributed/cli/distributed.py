@@ -7,11 +7,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlx_distributed.cli.bench.command import add_bench
 from mlx_distributed.cli.errors import run
 
 EPILOG = """\
-example:
+examples:
   mlx-distributed digest outputs/quickstart
+  mlx-distributed bench allreduce --nproc 2
 
 `mlx-distributed VERB --help` says more about a verb.
 """
@@ -45,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     )
     digest.add_argument("--debug", action="store_true", help="print tracebacks")
     digest.set_defaults(body=_digest)
+    add_bench(verbs)
     return parser
 
 

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -25,7 +25,8 @@ from mlx_distributed.cli.interrupt import SIGNALS
 from mlx_distributed.errors import ConfigError
 
 GRACE_S = 30.0
-"""How long rank 0 may take to notice that another worker has failed. Then it says that it saves, which has no limit."""
+"""How long rank 0 of a run may take to notice that another worker has failed. Then it says that it saves, which has no
+limit."""
 LAST_S = 2.0
 """How long the others may take to end when the run has failed."""
 MAX_INTERRUPTS = 3
@@ -101,13 +102,16 @@ def worker_environment(environ: Mapping[str, str], platform: str) -> tuple[dict[
 
 
 class LocalGroup:
-    """The workers of one run on this machine.
+    """The workers of one command on this machine.
 
     Args:
         jobs: what each worker is told, in rank order.
         log_files: where the output of each worker goes; None leaves it on the console.
         env: environment of the workers.
         debug: have them print tracebacks.
+        module: the program of a worker.
+        grace_s: how long rank 0 may take to notice that another worker has failed.
+        on_message: is given what rank 0 says in between.
     """
 
     def __init__(
@@ -116,8 +120,12 @@ class LocalGroup:
         log_files: Sequence[Path | None],
         env: Mapping[str, str],
         debug: bool = False,
+        module: str = "mlx_distributed.cli.worker",
+        grace_s: float = GRACE_S,
+        on_message: Callable[[Mapping[str, Any]], None] = lambda message: None,
     ) -> None:
-        self._flags = ["--debug"] if debug else []
+        self._module, self._flags = module, ["--debug"] if debug else []
+        self._grace_s, self._on_message = grace_s, on_message
         self._num_interrupts = 0
         self._workers: list[Worker] = []
         self._previous = {number: signal.signal(number, self._interrupt) for number in SIGNALS}
@@ -150,7 +158,7 @@ class LocalGroup:
         with theirs:
             output = None if log_file is None else log_file.open("ab")
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "mlx_distributed.cli.worker", str(theirs.fileno()), *self._flags],
+                [sys.executable, "-P", "-m", self._module, str(theirs.fileno()), *self._flags],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=None if output is None else subprocess.STDOUT,
@@ -184,7 +192,7 @@ class LocalGroup:
         while first.process.poll() is None:
             if failed_s is None and any(worker.process.poll() not in (None, 0) for worker in self._workers):
                 failed_s = time.monotonic()
-            if failed_s is not None and not saving and time.monotonic() - failed_s > GRACE_S:
+            if failed_s is not None and not saving and time.monotonic() - failed_s > self._grace_s:
                 return
             if first.control.heard(0.1):
                 message = first.control.receive()
@@ -192,7 +200,7 @@ class LocalGroup:
                     first.process.wait()
                 else:
                     saving = saving or "saving" in message
-                    first.error = message.get("error")
+                    self._hear(first, message)
 
     def _end(self) -> None:
         """End the others: in peace they end by themselves."""
@@ -205,7 +213,12 @@ class LocalGroup:
         for worker in self._workers:
             worker.process.wait()
             while (message := worker.control.receive()) is not None:
-                worker.error = message.get("error", worker.error)
+                self._hear(worker, message)
+
+    def _hear(self, worker: Worker, message: Mapping[str, Any]) -> None:
+        worker.error = message.get("error", worker.error)
+        if worker.rank == 0:
+            self._on_message(message)
 
     def _report(self) -> int:
         """Say on stderr what went wrong, once; returns the exit status."""

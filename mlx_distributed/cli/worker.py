@@ -46,16 +46,9 @@ def _work(message: Mapping[str, Any], control: Control, interrupt: Interrupt) ->
     config = load_config(Path(message["config_file"]))
     rank, parallel = message["rank"], config.parallel
 
-    def exchange(address: str) -> list[str]:
-        control.send(address=address)
-        answer = control.receive()
-        if answer is None:
-            os._exit(1)
-        control.exit_with_parent()
-        return list(answer["addresses"])
-
     listen = f"127.0.0.1:{parallel.port + rank if parallel.port else 0}"
-    comm = join_group(rank, parallel.nproc, message["secret"], parallel.timeout_s, listen, exchange)
+    bandwidths = None if parallel.bandwidth == "even" else parallel.bandwidth
+    comm = join_group(rank, parallel.nproc, message["secret"], parallel.timeout_s, listen, control.exchange, bandwidths)
     job = Job(
         config, message["run_id"], message["wandb_id"], message["resume"], on_loss=lambda: control.send(saving=True)
     )

@@ -45,6 +45,18 @@ def test_messages_arrive_whole_and_in_order(line: tuple[Control, Control]) -> No
     assert ours.receive() == {"error": "no such file"}
 
 
+def test_what_came_together_is_heard_one_by_one(line: tuple[Control, Control]) -> None:
+    ours, theirs = line
+    theirs.send(number=1)
+    theirs.send(number=2)
+    assert ours.receive() == {"number": 1}
+    assert ours.heard(0.0)
+    assert ours.receive() == {"number": 2}
+    assert not ours.heard(0.0)
+    theirs.close()
+    assert ours.heard(0.0)
+
+
 def test_who_hangs_up_can_still_hear(line: tuple[Control, Control]) -> None:
     ours, theirs = line
     ours.send(job=1)

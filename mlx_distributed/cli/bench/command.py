@@ -1,0 +1,125 @@
+"""`mlx-distributed bench`: how fast the ranks exchange arrays, beside MLX's ring and PyTorch's Gloo."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mlx_distributed.cli.bench.options import Options, read_options
+from mlx_distributed.cli.local import LocalGroup, worker_environment
+from mlx_distributed.errors import ConfigError
+
+GRACE_S = 5.0
+"""A rank inside the ring has no deadline; when another one has died, it is ended after this."""
+
+EXAMPLES = """\
+examples:
+  mlx-distributed bench allreduce --nproc 4 --against ring,gloo
+  mlx-distributed bench allreduce --sizes 1MiB,16MiB --wire fp32,bf16,int8 --json
+  mlx-distributed bench latency
+  mlx-distributed bench links --nproc 3 --picture links.svg
+"""
+EPILOG = f"""\
+{EXAMPLES}
+With --json there is one object per line: op, backend, wire, num_ranks, size_bytes, median_s, algbw_gb_per_s (10^9 bytes
+of float32 per second of median_s) and ratio_to_ring (time of MLX's ring / median_s; null without the ring). For links,
+op is "send 0->1" or "round trip 0->1".
+
+exit status: 0 done; 1 a rank was lost or a sum was wrong; 2 an argument was refused; 130 interrupted
+"""
+_OPS = {
+    "allreduce": (
+        "the time of a sum over all ranks",
+        "Time the sum of a float32 array over all ranks: ours over gRPC, and what it is compared with. They take "
+        "turns; a round takes as long as its slowest rank, and the median of the rounds is shown. Each first sum is "
+        "checked.",
+        "1KiB,64KiB,1MiB,16MiB,64MiB",
+        10,
+    ),
+    "latency": (
+        "the same for arrays so small that only the number of messages counts",
+        "Time the sum of a few float32 values over all ranks, where not the bytes count but the messages.",
+        "4B,256B,4KiB,64KiB",
+        50,
+    ),
+    "links": (
+        "bandwidth and round trip between all pairs of ranks",
+        "Time an array from each rank to each other one, and a round trip, one pair at a time.",
+        "16MiB",
+        10,
+    ),
+}
+
+
+def add_bench(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the verb."""
+    bench = verbs.add_parser(
+        "bench",
+        help="measure how fast workers exchange arrays",
+        description="Measure how fast workers exchange arrays, here with several ranks on this machine.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    ops = bench.add_subparsers(dest="op", metavar="WHAT", required=True)
+    for op, (summary, description, sizes, num_rounds) in _OPS.items():
+        parser = ops.add_parser(
+            op,
+            help=summary,
+            description=description,
+            epilog=EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.add_argument("--nproc", default="2", metavar="N", help="ranks to start on this machine (default: 2)")
+        parser.add_argument("--sizes", default=sizes, help=f"of the arrays, such as 64KiB (default: {sizes})")
+        if op == "links":
+            parser.add_argument("--picture", type=Path, metavar="FILE", help="also write the tables as an SVG file")
+            parser.set_defaults(wire="fp32", against="none")
+        else:
+            formats = "wire formats of ours: fp32, bf16, fp16, int8, int4 (default: fp32)"
+            parser.add_argument("--wire", default="fp32", metavar="FORMATS", help=formats)
+            others = "what to compare with: ring, gloo or none (default: ring); gloo needs PyTorch"
+            parser.add_argument("--against", default="ring", metavar="BACKENDS", help=others)
+            parser.set_defaults(picture=None)
+        rounds = f"the median of so many is taken (default: {num_rounds})"
+        parser.add_argument("--rounds", default=str(num_rounds), metavar="N", help=rounds)
+        parser.add_argument("--json", action="store_true", help="print one JSON object per row and nothing else")
+        parser.add_argument("--debug", action="store_true", help="print tracebacks")
+        parser.set_defaults(body=_bench)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    # These import numpy, which `--help` need not wait for.
+    from mlx_distributed.cli.bench.report import Report
+    from mlx_distributed.comm.compress import CODECS
+
+    options = read_options(args.op, args.nproc, args.sizes, args.wire, args.against, args.rounds, tuple(CODECS))
+    if args.picture is not None:
+        _check_picture(args.picture)
+    report = Report(options, args.json, args.picture)
+    report.begin()
+    status = _run_ranks(options, report.hear, args.debug)
+    if status == 0:
+        report.end()
+    return status
+
+
+def _run_ranks(options: Options, hear: Callable[[Mapping[str, Any]], None], debug: bool) -> int:
+    env, _ = worker_environment(os.environ, sys.platform)  # no hint: nothing here multiplies matrices
+    secret = secrets.token_hex(16)
+    jobs = [{"rank": rank, "secret": secret, "options": asdict(options)} for rank in range(options.num_ranks)]
+    program = "mlx_distributed.cli.bench.rank"
+    return LocalGroup(jobs, [None] * options.num_ranks, env, debug, program, GRACE_S, hear).run()
+
+
+def _check_picture(file: Path) -> None:
+    """Refuse what could not be written at the end."""
+    if file.suffix != ".svg":
+        raise ConfigError(f"--picture {file}: the picture is an SVG; name it {file.with_suffix('.svg')}")
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ConfigError(f"--picture {file}: cannot be written; give a file in a folder that exists and is yours")

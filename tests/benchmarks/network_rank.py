@@ -1,0 +1,145 @@
+"""One rank of `networks.py`: a process in a network namespace that does what it is told, one message after the other.
+
+It keeps a group of every transport that has had a turn: none of them uses the processor or the link between its turns
+(MLX's ring spins, but only while an operation of its own is under way).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_distributed.cli.control import Control
+from mlx_distributed.cli.load import load_all
+from mlx_distributed.cli.run import choose_device
+from mlx_distributed.comm.base import Communicator
+from mlx_distributed.comm.buckets import BUCKET_BYTES, BucketLayout, make_layout, to_buckets
+from mlx_distributed.comm.group import join_group
+from mlx_distributed.comm.native import NativeComm
+from mlx_distributed.config import load_config
+from mlx_distributed.parallel.mesh import Mesh
+from mlx_distributed.train.state import TrainState
+from mlx_distributed.train.trainer import Trainer, gradient_layout, make_optimizer
+
+PORTS = {"grpc": 7000, "owned": 7001, "ring": 7002, "gloo": 7003}
+TIMEOUT_S = 300.0
+
+Run = Callable[[], Any]
+
+
+class Rank:
+    """What a rank, over links of these rates, has joined."""
+
+    def __init__(self, rank: int, rates_mbit: Sequence[int]) -> None:
+        self._rank, self._rates_mbit = rank, rates_mbit
+        self._comms: dict[str, Communicator] = {}
+
+    def comm(self, name: str) -> Communicator:
+        """`grpc` (equal slices), `owned` (slices by the rates of the links) or `ring`; all ranks ask in one order."""
+        if name not in self._comms:
+            self._comms[name] = self._ring() if name == "ring" else self._grpc(name)
+        return self._comms[name]
+
+    def measured(self, run: Run) -> tuple[float, int, Any]:
+        """Seconds and sent bytes of what all ranks run at the same time, and what it gave."""
+        self.comm("grpc").barrier("the beginning")
+        before_bytes, start_s = sent_bytes(), time.perf_counter()
+        result = run()
+        seconds = time.perf_counter() - start_s
+        self.comm("grpc").barrier("the end")  # Until then the peers may be waiting for some of our bytes.
+        return seconds, sent_bytes() - before_bytes, result
+
+    def all_reduce(self, side: str, num_elements: int, wire: str) -> dict[str, float]:
+        """One allreduce: ours in buckets as training has them, the others of one array, which is what they do best."""
+        if side == "gloo":
+            run = self._gloo(num_elements)
+        else:
+            most = num_elements if side == "ring" else BUCKET_BYTES // 4
+            sizes = [min(most, num_elements - at) for at in range(0, num_elements, most)]
+            arrays = {str(index): mx.random.normal((size,)) for index, size in enumerate(sizes)}
+            mx.eval(arrays)
+            run = reduction(self.comm(side), make_layout(arrays, wire=wire), arrays)
+        seconds, num_bytes, _ = self.measured(run)
+        return {"seconds": seconds, "sent_bytes": num_bytes}
+
+    def train(self, config_file: str, wires: Sequence[str]) -> dict[str, list[dict[str, float]]]:
+        """All steps of a real run, each taken by ours in every wire format and by the ring; figures by their names."""
+        choose_device("auto")
+        config = load_config(Path(config_file))
+        loaded = load_all(config, self.comm("grpc"))
+        state = TrainState(loaded.model, {})
+        state.optimizer = make_optimizer(config).init(state.parameters)
+
+        def step_of(comm: Communicator, wire: str, step: int) -> dict[str, float]:
+            layout = gradient_layout(state.parameters, wire)
+            alone_s, *_ = self.measured(reduction(comm, layout, state.parameters))
+            wired = replace(config, parallel=replace(config.parallel, wire=wire))
+            trainer = Trainer(wired, loaded.plan, loaded.rows.train)
+            state.step = step  # every side computes the same micro-batches
+            _, num_bytes, info = self.measured(lambda: trainer.train_step(state, Mesh(dp=comm)))
+            times = {"step_s": info.step_s, "comm_s": info.comm_s, "exposed_s": info.comm_exposed_s}
+            return {**times, "alone_s": alone_s, "sent_bytes": num_bytes}
+
+        steps: dict[str, list[dict[str, float]]] = {name: [] for name in (*wires, "ring")}
+        for step, name in itertools.product(range(loaded.plan.num_steps), steps):
+            comm, wire = (self.comm("ring"), "fp32") if name == "ring" else (self.comm("grpc"), name)
+            steps[name].append(step_of(comm, wire, step))
+        return steps
+
+    def _addresses(self, name: str) -> list[str]:
+        return [f"10.0.0.{rank + 1}:{PORTS[name]}" for rank in range(len(self._rates_mbit))]
+
+    def _grpc(self, name: str) -> Communicator:
+        rank, addresses = self._rank, self._addresses(name)
+        bandwidths = self._rates_mbit if name == "owned" else None
+        return join_group(rank, len(addresses), "run", TIMEOUT_S, addresses[rank], lambda _: addresses, bandwidths)
+
+    def _ring(self) -> Communicator:
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+            json.dump([[address] for address in self._addresses("ring")], file)
+            file.flush()
+            os.environ.update(MLX_HOSTFILE=file.name, MLX_RANK=str(self._rank))
+            return NativeComm("ring")
+
+    def _gloo(self, num_elements: int) -> Run:
+        import torch.distributed
+
+        if not torch.distributed.is_initialized():
+            first, size = self._addresses("gloo")[0], len(self._rates_mbit)
+            torch.distributed.init_process_group("gloo", f"tcp://{first}", rank=self._rank, world_size=size)
+        tensor = torch.randn(num_elements)
+        return lambda: torch.distributed.all_reduce(tensor)
+
+
+def reduction(comm: Communicator, layout: Sequence[BucketLayout], arrays: dict[str, Any]) -> Run:
+    """An all_reduce of arrays that are ready."""
+    own = [{(comm.rank, comm.rank + 1): bucket} for bucket in to_buckets(layout, arrays)]
+    return lambda: mx.eval(comm.all_reduce(layout, comm.size, own, "the benchmark"))
+
+
+def sent_bytes() -> int:
+    """By this namespace so far: with headers (of what the link cuts up, once), and with what was sent again."""
+    return int(Path("/sys/class/net/eth0/statistics/tx_bytes").read_text(encoding="ascii"))
+
+
+def main(fd: int, rank: int, *rates_mbit: int) -> None:
+    """Answer the messages of `networks.py` until it has no more."""
+    control, joined = Control(socket.socket(fileno=fd)), Rank(rank, rates_mbit)
+    while (message := control.receive()) is not None:
+        control.send(**getattr(joined, message.pop("what"))(**message))
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
+    os._exit(0)  # The groups are not left: all ranks end here.

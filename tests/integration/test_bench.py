@@ -1,0 +1,132 @@
+"""`mlx-distributed bench` with ranks that are processes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from support import children, ends_within
+
+from mlx_distributed.cli.distributed import main
+from mlx_distributed.comm.compress import CODECS
+
+PROGRAM = Path(sys.executable).with_name("mlx-distributed")
+KEYS = ["op", "backend", "wire", "num_ranks", "size_bytes", "median_s", "algbw_gb_per_s", "ratio_to_ring"]
+
+
+def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([PROGRAM, "bench", *arguments], capture_output=True, text=True, check=False)
+
+
+def test_ours_beside_others() -> None:
+    arguments = ["--sizes", "1KiB,5MiB", "--wire", "fp32,int8", "--against", "ring,gloo", "--rounds", "2", "--json"]
+    done = bench("allreduce", *arguments)
+    assert done.returncode == 0, done
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    has_torch = importlib.util.find_spec("torch") is not None
+    assert ("note: gloo is left out: " in done.stderr) != has_torch
+    sides = [("grpc", "fp32"), ("grpc", "int8"), ("ring", "fp32"), *([("gloo", "fp32")] if has_torch else [])]
+    assert [(row["size_bytes"], row["backend"], row["wire"]) for row in rows] == [
+        (size_bytes, *side) for size_bytes in (1 << 10, 5 << 20) for side in sides
+    ]
+    for row in rows:
+        assert list(row) == KEYS
+        assert (row["op"], row["num_ranks"]) == ("allreduce", 2)
+        assert row["algbw_gb_per_s"] == pytest.approx(row["size_bytes"] / row["median_s"] / 1e9)
+        assert row["ratio_to_ring"] > 0
+        assert row["backend"] != "ring" or row["ratio_to_ring"] == 1
+
+
+def test_links_as_table_and_picture(tmp_path: Path) -> None:
+    done = bench("links", "--sizes", "64KiB", "--rounds", "2", "--picture", tmp_path / "links.svg")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"{os.cpu_count()} cores, load " in done.stdout
+    assert "\none way, 64 KiB, GB/s\nfrom \\ to         0         1\n        0         -  " in done.stdout
+    assert ElementTree.parse(tmp_path / "links.svg").getroot().tag.endswith("svg")
+
+
+@contextmanager
+def measuring() -> Iterator[subprocess.Popen[str]]:
+    """A benchmark on two ranks that has done its first size, and has seconds to go."""
+    command = [PROGRAM, "bench", "allreduce", "--sizes", "4B,64MiB"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any(line.split()[2:3] == ["ring"] for line in process.stdout)
+        yield process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_all_ranks(number: signal.Signals) -> None:
+    with measuring() as process:
+        ranks = children(process.pid)
+        process.send_signal(number)
+        stdout, stderr = process.communicate()
+    assert (process.returncode, stdout, stderr) == (130, "", "")
+    assert len(ranks) == 2
+    assert all(ends_within(rank, 0.0) for rank in ranks)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_rank_that_dies_is_named(lost: int) -> None:
+    with measuring() as process:
+        ranks = children(process.pid)
+        os.kill(ranks[lost], signal.SIGKILL)
+        _, stderr = process.communicate()
+    assert process.returncode == 1
+    assert f"error: worker {lost} was ended by SIGKILL\n" in stderr
+    assert "Traceback" not in stderr
+    assert all(ends_within(rank, 0.0) for rank in ranks)
+
+
+def test_a_reader_that_has_gone_away_ends_it() -> None:
+    command = [PROGRAM, "bench", "allreduce", "--sizes", "4B,64MiB"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("python ")
+        process.stdout.close()
+        assert process.wait() == 1
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["allreduce", "--nproc", "1"], "--nproc 1: a single rank has nobody to send to; use 2 or more"),
+        (["latency", "--sizes", "3B"], "--sizes 3B: float32 values of 4 bytes are sent"),
+        (["links", "--picture", "links.png"], "--picture links.png: the picture is an SVG; name it links.svg"),
+        (["links", "--picture", "gone/links.svg"], "--picture gone/links.svg: cannot be written"),
+    ],
+)
+def test_nonsense_starts_nothing(
+    arguments: list[str], words: str, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", *arguments]) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: {words}")
+    assert err.count("\n") == 1
+
+
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["bench"], ["bench", "links"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*arguments, "--help"])
+        assert ended.value.code == 0
+        assert "\n  mlx-distributed bench links --nproc 3 --picture links.svg\n" in capsys.readouterr().out
+
+
+def test_help_names_every_wire_format(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "allreduce", "--help"])
+    assert f"{', '.join(CODECS)} (default" in " ".join(capsys.readouterr().out.split())
