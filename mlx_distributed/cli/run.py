@@ -21,10 +21,10 @@ from mlx_distributed.tracking import ConsoleTracker, Trackers, open_tracker
 from mlx_distributed.train.agreement import synchronise
 from mlx_distributed.train.checkpoint import Checkpoint, Checkpointer, CheckpointMeta
 from mlx_distributed.train.evaluation import Sample, evaluate_generation
-from mlx_distributed.train.feedback import hand_out
 from mlx_distributed.train.hooks import Evaluate, Save, every
+from mlx_distributed.train.private import hand_out
 from mlx_distributed.train.state import TrainState
-from mlx_distributed.train.trainer import StepInfo, Trainer, gradient_layout, make_optimizer
+from mlx_distributed.train.trainer import StepInfo, Trainer, gradient_layout, init_state
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,7 @@ class _Run:
         self.job, self.comm, self.interrupt = job, comm, interrupt
         config = self.config = job.config
         self.loaded = load_all(config, comm)
-        self.state = TrainState(self.loaded.model, {})
-        self.state.optimizer = make_optimizer(config).init(self.state.parameters)
+        self.state = init_state(self.loaded.model, config, comm)
         self.wandb_id = job.wandb_id
         checkpointer = Checkpointer(
             config.output_dir / "checkpoints", config.checkpoint.save_total_limit, config.checkpoint.keep_best, print
@@ -87,7 +86,7 @@ class _Run:
         checkpoint = self._restore(checkpointer, job.resume) if first and job.resume is not None else None
         synchronise(self.state, comm)
         layout = gradient_layout(self.state.parameters, config.parallel.wire)
-        hand_out(self.state.feedback, layout, checkpoint.feedback() if checkpoint else [], comm)
+        hand_out(self.state, layout, checkpoint, comm)
         if first:
             accept_config(config)
         self.trackers = self._open_trackers(resumed=checkpoint is not None)
@@ -151,7 +150,9 @@ class _Run:
             return None
         meta = checkpoint.meta
         meta.check_facts(self.loaded.facts)
-        parameters, optimizer = checkpoint.load()
+        # The moments of a shard are handed out, to this rank too, when all ranks have the rest.
+        optimizer = dict(checkpoint.optimizer()) if self.state.shard is None else self.state.shared
+        parameters = checkpoint.parameters()
         self.state.restore(parameters, optimizer, meta.step, meta.num_tokens, meta.num_skipped)
         self.state.metrics = dict(meta.metrics)
         self.wandb_id = meta.wandb_id or self.wandb_id

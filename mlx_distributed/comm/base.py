@@ -25,7 +25,7 @@ class Traffic:
     """What a rank's operations have cost so far."""
 
     reduce_s: float = 0.0
-    """Of every all_reduce, from its first bucket given to its last one got."""
+    """Of every all_reduce, or half of one, from its first bucket given to its last one got."""
     sent_bytes: int = 0
     """To all peers, with headers."""
 
@@ -58,6 +58,34 @@ class Communicator(Protocol):
 
         Returns:
             The summed buckets, the same bits on every rank.
+        """
+        ...
+
+    def slices(self, layout: Sequence[BucketLayout]) -> list[list[tuple[int, int]]]:
+        """By bucket and rank, the half-open range of the elements of a bucket that a rank owns.
+
+        It begins with a block of `BLOCK` elements, and may be empty.
+        """
+        ...
+
+    def reduce_scatter(
+        self,
+        layout: Sequence[BucketLayout],
+        num_leaves: int,
+        buckets: Iterable[Parts],
+        what: str,
+        feedback: Feedback | None = None,
+    ) -> list[mx.array]:
+        """Of what `all_reduce` gives, this rank's slice of each bucket, flat."""
+        ...
+
+    def all_gather_slices(self, layout: Sequence[BucketLayout], own: Sequence[mx.array], what: str) -> list[Bucket]:
+        """Buckets put together from the slices of all ranks.
+
+        Args:
+            layout: of the buckets, the same on every rank.
+            own: this rank's slice of each bucket, flat.
+            what: it is for.
         """
         ...
 
@@ -122,6 +150,23 @@ class LocalComm:
         feedback: Feedback | None = None,
     ) -> list[Bucket]:
         return [finish_tree(parts, num_leaves) for parts in buckets]
+
+    def slices(self, layout: Sequence[BucketLayout]) -> list[list[tuple[int, int]]]:
+        return [[(0, bucket.size)] for bucket in layout]
+
+    def reduce_scatter(
+        self,
+        layout: Sequence[BucketLayout],
+        num_leaves: int,
+        buckets: Iterable[Parts],
+        what: str,
+        feedback: Feedback | None = None,
+    ) -> list[mx.array]:
+        summed = self.all_reduce(layout, num_leaves, buckets, what, feedback)
+        return [mx.concatenate([array.reshape(-1) for array in bucket]) for bucket in summed]
+
+    def all_gather_slices(self, layout: Sequence[BucketLayout], own: Sequence[mx.array], what: str) -> list[Bucket]:
+        return [bucket.split(flat) for bucket, flat in zip(layout, own, strict=True)]
 
     def all_gather(self, array: mx.array, what: str) -> list[mx.array]:
         return [array]

@@ -19,6 +19,10 @@ from mlx_distributed.comm.compress import CODECS
 BUCKET_BYTES = 4 << 20
 """2-8 MB hid most of the communication behind the backward pass when measured; larger ones start too late."""
 
+BLOCK = 1 << 14
+"""Elements. Within a bucket the slices of ranks begin at multiples of it, so that what is computed block by block does
+not depend on who owns what."""
+
 Arrays = dict[str, mx.array]
 """Arrays by name, as parameters, gradients and moments are kept."""
 Bucket = list[mx.array]
@@ -67,6 +71,21 @@ class BucketLayout:
         """Evaluated arrays -> one flat host buffer of `size` elements, a view where there is one array."""
         flat = [np.asarray(array).reshape(-1) for array in arrays]
         return flat[0] if len(flat) == 1 else np.concatenate(flat)
+
+    def empty(self, num_elements: int) -> tuple[mx.array, np.ndarray]:
+        """A flat array of so many elements and a view of its memory, to be written to before anything is computed with
+        the array: to copy a host buffer into MLX takes ten times as long."""
+        flat = mx.zeros(num_elements, self.dtype)
+        mx.eval(flat)
+        return flat, np.asarray(flat)
+
+    def split(self, flat: mx.array) -> Bucket:
+        """Flat array of `size` elements -> views of it, not yet evaluated."""
+        stops = np.cumsum([leaf.size for leaf in self.leaves])
+        return [
+            flat[stop - leaf.size : stop].reshape(leaf.shape)
+            for leaf, stop in zip(self.leaves, stops.tolist(), strict=True)
+        ]
 
     def unpack(self, flat: np.ndarray) -> Bucket:
         """Flat host buffer of `size` elements -> new arrays of their shapes."""

@@ -107,7 +107,7 @@ class Float16:
         exponent = int(np.frexp(largest)[1]) - 15 if np.isfinite(largest) else 0  # now below 2 ** 15
         exponent = max(exponent, -125)
         with np.errstate(under="ignore", over="ignore"):
-            halves = np.ldexp(values, -exponent).astype(np.float16)
+            halves = (values * np.float32(2.0**-exponent)).astype(np.float16)
         return b"".join((np.float32(2.0**exponent).tobytes(), halves.data.cast("B")))
 
     def decode(self, payload: Payload, num_elements: int) -> np.ndarray:
@@ -124,7 +124,7 @@ class Integer:
     bits: int
     block: int
     exact: bool = False
-    chunk_bytes: int = 1 << 20
+    chunk_bytes: int = 2 << 20
 
     def num_bytes(self, num_elements: int) -> int:
         num_blocks = -(-num_elements // self.block)
@@ -133,34 +133,41 @@ class Integer:
     def encode(self, values: np.ndarray) -> Payload:
         largest = (1 << (self.bits - 1)) - 1
         rest = -values.size % self.block
-        blocks = (np.append(values, np.zeros(rest, np.float32)) if rest else values).reshape(-1, self.block)
-        scales = np.maximum(blocks.max(axis=1), -blocks.min(axis=1))
-        scales *= np.float32(1 / largest)
+        padded = np.append(values, np.zeros(rest, np.float32)) if rest else values
+        # `reduceat` takes half the time of a reduction along the rows.
+        magnitudes = (
+            np.maximum.reduceat(np.abs(padded), np.arange(0, padded.size, self.block)) if padded.size else padded
+        )
+        scales = magnitudes * np.float32(1 / largest)
         with np.errstate(all="ignore"):
-            inverse = np.where(scales > 0, 1 / scales, np.float32(0))
-            steps = blocks * inverse[:, None]
-            np.rint(steps, out=steps)
-            np.clip(steps, -largest, largest, out=steps)  # a scale of the smallest numbers has rounded down
-            whole = steps.astype(np.int8)
+            # A block so small that its inverse might overflow counts as zero: feedback keeps it.
+            inverse = np.where(scales > _SMALLEST_SCALE, 1 / scales, np.float32(0))
+            steps = padded.reshape(-1, self.block) * inverse[:, None]
+            steps += _TO_INTEGER
+        whole = steps.view(np.int32).astype(np.int8).reshape(-1)
         if self.bits == 4:
-            nibbles = whole.view(np.uint8).reshape(-1, 2)
-            whole = (nibbles[:, 0] & 15) | (nibbles[:, 1] << 4)
-        return b"".join((scales.data.cast("B"), whole.reshape(-1).data.cast("B")))
+            pairs = whole.view(np.uint16)
+            packed = pairs >> 4
+            packed &= 0xF0
+            packed |= pairs & 0x0F
+            whole = packed.astype(np.uint8)
+        return b"".join((scales.data.cast("B"), whole.data.cast("B")))
 
     def decode(self, payload: Payload, num_elements: int) -> np.ndarray:
         num_blocks = -(-num_elements // self.block)
         scales = np.frombuffer(payload, np.float32, num_blocks)
         whole = np.frombuffer(payload, np.int8, offset=4 * num_blocks)
-        if self.bits == 4:
-            pairs = np.empty((whole.size, 2), np.int8)
-            np.left_shift(whole, 4, out=pairs[:, 0])
-            pairs[:, 0] >>= 4
-            np.right_shift(whole, 4, out=pairs[:, 1])
-            whole = pairs
-        values = whole.reshape(num_blocks, self.block).astype(np.float32)
+        values = whole if self.bits == 8 else np.take(_NIBBLES, whole.view(np.uint8)).view(np.float32)
         with np.errstate(all="ignore"):
-            values *= scales[:, None]
-        return values.reshape(-1)[:num_elements]
+            decoded = np.multiply(values.reshape(-1, self.block), scales[:, None], dtype=np.float32)
+        return decoded.reshape(-1)[:num_elements]
+
+
+_SMALLEST_SCALE = np.float32(1e-30)
+_TO_INTEGER = np.float32(3 << 22)
+"""Added to a float32 below 2 ** 22, it leaves the nearest integer, ties to even, in the low bits: `rint` is slower."""
+_NIBBLES = (((np.arange(256)[:, None] >> (0, 4) & 15) ^ 8) - 8).astype(np.float32).view(np.uint64).reshape(-1)
+"""By byte, the two 4-bit integers in it as a pair of float32."""
 
 
 CODECS: Mapping[str, Codec] = MappingProxyType(

@@ -13,7 +13,7 @@ import hmac
 import math
 import threading
 import time
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import grpc
@@ -27,10 +27,11 @@ from mlx_distributed.comm._pb import collective_pb2 as pb
 from mlx_distributed.comm.base import Parts, Traffic
 from mlx_distributed.comm.buckets import NUMPY_DTYPES, Bucket, BucketLayout
 from mlx_distributed.comm.compress import Feedback
-from mlx_distributed.comm.reduction import BucketKind, Reduction, ownership
+from mlx_distributed.comm.reduction import BucketKind, Operation, Reduction, ownership, slices
 from mlx_distributed.comm.session import LINGER_S, Link, Session
+from mlx_distributed.comm.tree_sum import Node
 from mlx_distributed.comm.wire import (
-    MAX_FRAME_BYTES,
+    MAX_MESSAGE_BYTES,
     Frame,
     FrameError,
     Kind,
@@ -44,8 +45,8 @@ PROTOCOL_VERSION = 1
 SERVICE, METHOD = "mlx_distributed.v1.Collective", "Exchange"
 
 OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
-    ("grpc.max_send_message_length", MAX_FRAME_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # Large frames and reads: half the processor time per byte of the defaults (measured).
     ("grpc.http2.max_frame_size", 16777215),
     ("grpc.experimental.tcp_read_chunk_size", 4 << 20),
@@ -133,25 +134,26 @@ class GrpcComm:
         what: str,
         feedback: Feedback | None = None,
     ) -> list[Bucket]:
-        name, begun_s = f"all_reduce of {what}", time.monotonic()
-        self._check(name, begun_s)
-        self._num_reductions += 1
-        kinds = [BucketKind(bucket.size, np.dtype(NUMPY_DTYPES[bucket.dtype]), bucket.wire) for bucket in layout]
-        reduction = Reduction(self._num_reductions, self.rank, self._shares, kinds, num_leaves, feedback)
-        self._call(self._session.begin, reduction)
-        given_s = math.inf
-        for index, parts in enumerate(buckets):
-            given_s = min(given_s, time.monotonic())
-            packed = {node: layout[index].pack(bucket) for node, bucket in parts.items()}
-            self._check(name, begun_s)
-            self._call(self._session.contribute, reduction, index, packed)
-            del packed
-        self._call(self._session.end, reduction)
-        self._run(self._session.wait(name, lambda: reduction.done, reduction.waiting_for, begun_s))
-        results = [bucket.unpack(reduction.take(index)) for index, bucket in enumerate(layout)]
-        self.traffic.reduce_s += max(time.monotonic() - given_s, 0.0)
-        self.traffic.sent_bytes = self._session.sent_bytes
-        return results
+        flats = self._operate(Operation.ALL_REDUCE, layout, num_leaves, _packed(layout, buckets), what, feedback)
+        return [bucket.split(flat) for bucket, flat in zip(layout, flats, strict=True)]
+
+    def slices(self, layout: Sequence[BucketLayout]) -> list[list[tuple[int, int]]]:
+        return [slices(bucket.size, self._shares, index) for index, bucket in enumerate(layout)]
+
+    def reduce_scatter(
+        self,
+        layout: Sequence[BucketLayout],
+        num_leaves: int,
+        buckets: Iterable[Parts],
+        what: str,
+        feedback: Feedback | None = None,
+    ) -> list[mx.array]:
+        return self._operate(Operation.REDUCE_SCATTER, layout, num_leaves, _packed(layout, buckets), what, feedback)
+
+    def all_gather_slices(self, layout: Sequence[BucketLayout], own: Sequence[mx.array], what: str) -> list[Bucket]:
+        parts = ({(0, 1): np.asarray(flat)} for flat in own)
+        flats = self._operate(Operation.ALL_GATHER, layout, 1, parts, what)
+        return [bucket.split(flat) for bucket, flat in zip(layout, flats, strict=True)]
 
     def all_gather(self, array: mx.array, what: str) -> list[mx.array]:
         name, tag = f"all_gather of {what}", self._internal_tag()
@@ -191,6 +193,36 @@ class GrpcComm:
             self._call(self._session.fail, self.rank, " ".join(str(error).split()) or type(error).__name__)
         self._run(self._close())
         self._stop_thread()
+
+    def _operate(
+        self,
+        operation: Operation,
+        layout: Sequence[BucketLayout],
+        num_leaves: int,
+        buckets: Iterable[Mapping[Node, np.ndarray]],
+        what: str,
+        feedback: Feedback | None = None,
+    ) -> list[mx.array]:
+        """Of every bucket what this rank gets, flat: all of it, or its slice of a reduce_scatter."""
+        name, begun_s = f"{operation.value} of {what}", time.monotonic()
+        self._check(name, begun_s)
+        self._num_reductions += 1
+        kinds = [BucketKind(bucket.size, np.dtype(NUMPY_DTYPES[bucket.dtype]), bucket.wire) for bucket in layout]
+        reduction = Reduction(self._num_reductions, self.rank, self._shares, kinds, num_leaves, operation, feedback)
+        self._call(self._session.begin, reduction)
+        given_s, flats = math.inf, []
+        for index, parts in enumerate(buckets):
+            given_s = min(given_s, time.monotonic())
+            self._check(name, begun_s)
+            flat, result = layout[index].empty(reduction.result_size(index))
+            flats.append(flat)
+            self._call(self._session.contribute, reduction, index, parts, result)
+            del parts
+        self._call(self._session.end, reduction)
+        self._run(self._session.wait(name, lambda: reduction.done, reduction.waiting_for, begun_s))
+        self.traffic.reduce_s += max(time.monotonic() - given_s, 0.0)
+        self.traffic.sent_bytes = self._session.sent_bytes
+        return flats
 
     def _internal_tag(self) -> int:
         self._num_messages += 1
@@ -321,6 +353,11 @@ class GrpcComm:
             # The stream is torn down only when the peer has read our last frame and ended its side.
             await call.done_writing()
             await call.read()
+
+
+def _packed(layout: Sequence[BucketLayout], buckets: Iterable[Parts]) -> Iterator[dict[Node, np.ndarray]]:
+    for bucket, parts in zip(layout, buckets, strict=True):
+        yield {node: bucket.pack(arrays) for node, arrays in parts.items()}
 
 
 async def _bytes(read: Callable[[], Awaitable[Any]]) -> bytes:

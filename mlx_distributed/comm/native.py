@@ -19,6 +19,8 @@ from mlx_distributed.comm.compress import Feedback
 from mlx_distributed.comm.wire import array_from_chunks, array_to_chunks
 from mlx_distributed.errors import CommError
 
+_NO_SLICES = "a configuration that needs slices of a native group is refused"
+
 T = TypeVar("T")
 
 
@@ -64,6 +66,22 @@ class NativeComm:
             pieces = mx.split(summed, stops)
             results.append([piece.reshape(leaf.shape) for piece, leaf in zip(pieces, shape.leaves, strict=True)])
         return results
+
+    def slices(self, layout: Sequence[BucketLayout]) -> list[list[tuple[int, int]]]:
+        raise AssertionError(_NO_SLICES)
+
+    def reduce_scatter(
+        self,
+        layout: Sequence[BucketLayout],
+        num_leaves: int,
+        buckets: Iterable[Parts],
+        what: str,
+        feedback: Feedback | None = None,
+    ) -> list[mx.array]:
+        raise AssertionError(_NO_SLICES)
+
+    def all_gather_slices(self, layout: Sequence[BucketLayout], own: Sequence[mx.array], what: str) -> list[Bucket]:
+        raise AssertionError(_NO_SLICES)
 
     def all_gather(self, array: mx.array, what: str) -> list[mx.array]:
         name, mine = f"all_gather of {what}", _to_bytes(array)

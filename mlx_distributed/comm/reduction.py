@@ -1,26 +1,40 @@
-"""One all_reduce as one rank sees it: frames in, frames out, and no transport.
+"""One operation as one rank sees it: frames in, frames out, and no transport.
 
 A large bucket is cut into slices, one owned by each rank. A rank sends each of its partial sums to the owners, slice
 by slice (PART); an owner adds what comes along the canonical tree (`TreeSum`) and sends the finished slice to all
 (RESULT). As many bytes travel as in a ring, in two hops on any number of ranks, and the order of addition does not
 depend on who holds what. Between two ranks, and for a small bucket, every rank sends its parts to all and owns the
 whole: one hop.
+
+An all_reduce is all of that. A reduce_scatter ends with the finished slices, each on its owner; an all_gather begins
+with them. With an update between the two, ranks exchange what was made of the sums.
 """
 
 from __future__ import annotations
 
+import enum
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from mlx_distributed.comm.buckets import BLOCK
 from mlx_distributed.comm.compress import Codec, Feedback, Payload, codec_for
 from mlx_distributed.comm.tree_sum import Node, TreeSum
 from mlx_distributed.comm.wire import Frame, FrameError, Kind
 
 DIRECT_BYTES = 64 << 10
 """Up to this size a bucket takes one hop: latency counts there, and not bytes."""
+
+
+class Operation(enum.Enum):
+    """What ranks do with slices."""
+
+    ALL_REDUCE = "all_reduce"
+    REDUCE_SCATTER = "reduce_scatter"
+    ALL_GATHER = "all_gather"
+
 
 Outgoing = tuple[int, Frame]
 """Receiving rank and frame."""
@@ -47,10 +61,13 @@ def ownership(bandwidths: Sequence[float]) -> list[float]:
     return [share / sum(spare) for share in spare]
 
 
-def slices(num_elements: int, shares: Sequence[float]) -> list[tuple[int, int]]:
-    """The half-open range of a large bucket's elements that each rank owns."""
-    edges = [round(num_elements * share) for share in itertools.accumulate(shares, initial=0.0)]
-    return list(itertools.pairwise([*edges[:-1], num_elements]))
+def slices(num_elements: int, shares: Sequence[float], index: int) -> list[tuple[int, int]]:
+    """The half-open range of the elements of bucket `index` that each rank owns: whole blocks of `BLOCK`, in proportion
+    to the shares, and rounded differently from bucket to bucket, so that nobody gets less of all of them."""
+    num_blocks, size = -(-num_elements // BLOCK), len(shares)
+    rounding = (index % size + 0.5) / size
+    edges = [int(num_blocks * share + rounding) for share in itertools.accumulate(shares, initial=0.0)]
+    return list(itertools.pairwise([*(min(edge * BLOCK, num_elements) for edge in edges[:-1]), num_elements]))
 
 
 def chunks(start: int, stop: int, length: int) -> list[tuple[int, int]]:
@@ -66,17 +83,22 @@ class _BucketState:
     codec: Codec
     direct: bool
     """Every rank owns the whole."""
+    given_at: int
+    """The element at which the flat buffers of parts begin."""
+    result_range: tuple[int, int]
+    """What this rank gets."""
     chunks: list[list[tuple[int, int]]]
     """By owning rank, the ranges of its chunks."""
     trees: list[TreeSum[np.ndarray]]
     """By chunk that this rank owns."""
-    num_elements: int
     missing: list[set[int]]
     """By owning rank, the chunks of the result that are not here yet."""
     owed: tuple[np.ndarray | None, np.ndarray] | None
     """Of a codec that is not exact: what was left out before, and what is being left out now."""
     result: np.ndarray | None = None
-    """Made when its first chunk comes, gone when it is taken."""
+    """Where the sum is written; given with this rank's parts."""
+    early: list[tuple[int, int, np.ndarray]] = field(default_factory=list)
+    """Owner, chunk and values of what was finished before that."""
 
     def encode(self, start: int, stop: int, values: np.ndarray, first: bool) -> tuple[Payload, np.ndarray]:
         """Values of a range as they travel, and what they decode to. What was left out before goes with the first."""
@@ -93,6 +115,23 @@ class _BucketState:
             else:
                 after[start:stop] += values - decoded
         return payload, decoded
+
+    def write(self, owner: int, chunk: int, values: np.ndarray) -> None:
+        """Put a finished chunk into the result, as soon as there is one."""
+        if self.result is None:
+            self.early.append((owner, chunk, values))
+            return
+        start, stop = self.chunks[owner][chunk]
+        at = self.result_range[0]
+        self.result[start - at : stop - at] = values
+
+    def settle(self, start: int, stop: int, values: np.ndarray) -> np.ndarray:
+        """Values of a range that do not travel, so that nothing is left out: with them what was left out before."""
+        before, after = self.owed or (None, None)
+        if before is None or after is None:
+            return values
+        after[start:stop] = 0
+        return values + before[start:stop]
 
 
 @dataclass(frozen=True)
@@ -113,6 +152,8 @@ class Reduction:
         shares: of every rank in the ownership of a large bucket, adding up to 1.
         buckets: of the operation.
         num_leaves: of the summation tree.
+        operation: what is done. What a rank gives to an all_gather is its slice, as the only leaf of the tree, and what
+            it gets from a reduce_scatter is its slice.
         feedback: takes what lossy wire formats leave out; None lets it go.
     """
 
@@ -123,36 +164,51 @@ class Reduction:
         shares: Sequence[float],
         buckets: Sequence[BucketKind],
         num_leaves: int,
+        operation: Operation = Operation.ALL_REDUCE,
         feedback: Feedback | None = None,
     ) -> None:
+        self._operation = operation
         self.op, self._rank, self._size = op, rank, len(shares)
-        self._peers = [peer for peer in range(self._size) if peer != rank]
+        # From the next rank on: if all began with the same one, they would wait for each other at its door.
+        self._peers = [(rank + offset) % self._size for offset in range(1, self._size)]
         self._not_ended = set(range(self._size))
         self._buckets: list[_BucketState] = []
         for index, bucket in enumerate(buckets):
             codec = codec_for(bucket.wire, bucket.dtype)
             num_bytes = bucket.num_elements * bucket.dtype.itemsize
-            direct = self._size <= 2 or num_bytes <= DIRECT_BYTES
+            direct = operation is Operation.ALL_REDUCE and (self._size <= 2 or num_bytes <= DIRECT_BYTES)
             whole = (0, bucket.num_elements)
-            owned = [whole] * self._size if direct else slices(bucket.num_elements, shares)
+            owned = [whole] * self._size if direct else slices(bucket.num_elements, shares, index)
+            given_at = owned[rank][0] if operation is Operation.ALL_GATHER else 0
+            result_range = owned[rank] if operation is Operation.REDUCE_SCATTER else whole
+            alone = direct or operation is Operation.REDUCE_SCATTER
             ranges = [chunks(*slice_, codec.chunk_bytes // bucket.dtype.itemsize) for slice_ in owned]
-            missing = [set(range(len(r))) if i == rank or not direct else set() for i, r in enumerate(ranges)]
+            missing = [set(range(len(r))) if i == rank or not alone else set() for i, r in enumerate(ranges)]
             trees = [TreeSum[np.ndarray](num_leaves) for _ in ranges[rank]]
             owed = None if codec.exact or feedback is None else feedback.begin(index, bucket.num_elements)
             self._buckets.append(
-                _BucketState(bucket.dtype, codec, direct, ranges, trees, bucket.num_elements, missing, owed)
+                _BucketState(bucket.dtype, codec, direct, given_at, result_range, ranges, trees, missing, owed)
             )
 
-    def contribute(self, index: int, parts: Mapping[Node, np.ndarray]) -> Iterator[Outgoing]:
-        """Put in this rank's partial sums of one bucket: flat buffers, which must not be changed afterwards."""
+    def result_size(self, index: int) -> int:
+        """Elements of what this rank gets of one bucket."""
+        start, stop = self._buckets[index].result_range
+        return stop - start
+
+    def contribute(self, index: int, parts: Mapping[Node, np.ndarray], result: np.ndarray) -> Iterator[Outgoing]:
+        """Put in this rank's partial sums of one bucket: flat buffers, which must not be changed afterwards. The sum
+        of all ranks is written into `result`, and is whole when `done`."""
         state = self._buckets[index]
+        state.result = result
+        while state.early:
+            state.write(*state.early.pop())
         for number, (node, flat) in enumerate(parts.items()):
-            for owner, ranges in enumerate(state.chunks):
-                if state.direct and owner != self._rank:
+            for owner in [*self._peers, self._rank]:
+                if owner != self._rank and (state.direct or self._operation is Operation.ALL_GATHER):
                     continue
                 to = self._peers if state.direct else [owner] if owner != self._rank else []
-                for chunk, (start, stop) in enumerate(ranges):
-                    values = flat[start:stop]
+                for chunk, (start, stop) in enumerate(state.chunks[owner]):
+                    values = flat[start - state.given_at : stop - state.given_at]
                     if to:
                         payload, values = state.encode(start, stop, values, first=number == 0)
                         part = Frame(Kind.PART, self.op, index, chunk, *node, payload)
@@ -162,8 +218,8 @@ class Reduction:
 
     def end(self) -> Iterator[Outgoing]:
         """All parts of this rank have been put in."""
-        self._end(self._rank)
         yield from ((peer, Frame(Kind.END, self.op)) for peer in self._peers)
+        self._end(self._rank)  # Last: whoever is done may leave, and what is not queued by then would not be sent.
 
     def receive(self, peer: int, frame: Frame) -> Iterator[Outgoing]:
         """Take in a frame of this operation.
@@ -185,6 +241,8 @@ class Reduction:
             raise FrameError(f"sent {len(frame.payload)} bytes for {stop - start} elements of {state.dtype}")
         values = state.codec.decode(frame.payload, stop - start)
         if frame.kind is Kind.PART:
+            if self._operation is Operation.ALL_GATHER:
+                raise FrameError("sent a part where there are none")
             if peer not in self._not_ended:
                 raise FrameError("sent a part after its last one")
             yield from self._add(frame.bucket, frame.chunk, (frame.lo, frame.hi), values)
@@ -204,12 +262,6 @@ class Reduction:
         """Whether every bucket of the result is here and every rank has ended."""
         return not self._not_ended and not any(any(state.missing) for state in self._buckets)
 
-    def take(self, index: int) -> np.ndarray:
-        """The sum of one bucket, flat. It can be taken once, when `done`, so that host memory is free again."""
-        state = self._buckets[index]
-        result, state.result = state.result, None
-        return np.empty(0, state.dtype) if result is None else result
-
     def _add(self, index: int, chunk: int, node: Node, values: np.ndarray) -> Iterator[Outgoing]:
         state = self._buckets[index]
         tree = state.trees[chunk]
@@ -221,7 +273,9 @@ class Reduction:
             raise FrameError(f"sent a part that does not fit: {error}") from None
         if tree.complete:
             total = tree.total
-            if not state.direct:
+            if self._operation is Operation.REDUCE_SCATTER:
+                total = state.settle(*state.chunks[self._rank][chunk], total)
+            elif not state.direct:
                 payload, total = state.encode(*state.chunks[self._rank][chunk], total, first=True)
                 result = Frame(Kind.RESULT, self.op, index, chunk, payload=payload)
                 yield from ((peer, result) for peer in self._peers)
@@ -231,11 +285,8 @@ class Reduction:
 
     def _finish_chunk(self, index: int, owner: int, chunk: int, values: np.ndarray) -> None:
         state = self._buckets[index]
-        start, stop = state.chunks[owner][chunk]
-        if state.result is None:
-            state.result = np.empty(state.num_elements, state.dtype)
-        state.result[start:stop] = values
         state.missing[owner].remove(chunk)
+        state.write(owner, chunk, values)
 
     def _end(self, peer: int) -> None:
         if peer not in self._not_ended:

@@ -10,18 +10,31 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
 from mlx_distributed.comm.mailbox import MAX_UNREAD_BYTES, Mailbox
 from mlx_distributed.comm.reduction import Outgoing, Reduction
 from mlx_distributed.comm.tree_sum import Node
-from mlx_distributed.comm.wire import HEADER_BYTES, NOT_AS_EXPECTED, Frame, FrameError, Kind, decode, encode
+from mlx_distributed.comm.wire import (
+    HEADER_BYTES,
+    NOT_AS_EXPECTED,
+    SMALL_BYTES,
+    Frame,
+    FrameError,
+    Kind,
+    decode,
+    encode,
+)
 from mlx_distributed.errors import CommError
 
 LINGER_S = 0.5
 """How long a rank that leaves because of a failure waits for its peers to read the reason."""
+
+MAX_QUEUED = 2
+"""Frames of this rank's parts that wait for the stream to a peer at a time."""
 
 MAX_REASON_CHARS = 2000
 """Of what a peer says on leaving."""
@@ -78,6 +91,10 @@ class Session:
         self._mailbox = Mailbox()
         self._awaited: tuple[int, int] | None = None
         """Peer and tag of the message that is waited for."""
+        self._message: _Message | None = None
+        """The last one queued: the next peer may get the same."""
+        self._outbox: deque[Iterator[Outgoing]] = deque()
+        """What is still to be queued: frames are made as they are asked for."""
         self._waiters: set[asyncio.Future[None]] = set()
 
     def error(self, name: str, start_s: float) -> CommError:
@@ -106,26 +123,20 @@ class Session:
         self._op, self._reduction = reduction.op, reduction
         self._notify()
 
-    def contribute(self, reduction: Reduction, index: int, parts: Mapping[Node, np.ndarray]) -> None:
+    def contribute(
+        self, reduction: Reduction, index: int, parts: Mapping[Node, np.ndarray], result: np.ndarray
+    ) -> None:
         """Put in this rank's parts of one bucket."""
-        self._guard(lambda: reduction.contribute(index, parts))
+        self._put_out(reduction.contribute(index, parts, result))
 
     def end(self, reduction: Reduction) -> None:
         """This rank has no more parts."""
-        self._guard(reduction.end)
-        if reduction.done:
-            self._reduction = None
+        self._put_out(reduction.end())
 
     def post(self, outgoing: Iterable[Outgoing]) -> None:
         """Queue frames for their peers."""
-        message: _Message | None = None
         for peer, frame in outgoing:
-            if self.failure is not None:
-                return
-            if message is None or message.frame is not frame:
-                message = _Message(frame)
-            self.sent_bytes += HEADER_BYTES + len(frame.payload)
-            self.links[peer].queue.put_nowait(message)
+            self._queue(peer, frame)
 
     async def take(self, peer: int, tag: int, name: str) -> list[bytes | memoryview]:
         """The chunks of the next message of `peer` with this tag."""
@@ -173,7 +184,8 @@ class Session:
             while not link.left:
                 data = await link.read()
                 link.moved_s = time.monotonic()
-                await self._receive(peer, link, decode(self._tag, data))
+                for frame in decode(self._tag, data):
+                    await self._receive(peer, link, frame)
         except FrameError as error:
             self.fail(peer, str(error))
         except ConnectionError as error:
@@ -209,20 +221,61 @@ class Session:
         link.queue.put_nowait(_Message(frame))
         link.queue.put_nowait(None)
 
-    def _guard(self, outgoing: Callable[[], Iterable[Outgoing]]) -> None:
+    async def _room(self, link: Link) -> None:
+        await self._until(lambda: link.queue.qsize() < MAX_QUEUED)
+
+    def _queue(self, peer: int, frame: Frame) -> None:
+        if self.failure is not None:
+            return
+        if self._message is None or self._message.frame is not frame:
+            self._message = _Message(frame)
+        self.sent_bytes += HEADER_BYTES + len(frame.payload)
+        self.links[peer].queue.put_nowait(self._message)
+
+    def _put_out(self, outgoing: Iterator[Outgoing]) -> None:
+        """Queue frames as their peers can take them; those of a later call follow those of an earlier one."""
+        self._outbox.append(outgoing)
+        if len(self._outbox) == 1:
+            self._pump = asyncio.create_task(self._empty_outbox())
+
+    async def _empty_outbox(self) -> None:
+        """A frame is made, which with a lossy wire format takes as long as to send it, when there is room for it: what
+        is under way is bounded, and the line and the codec work at the same time."""
         try:
-            self.post(outgoing())
+            while self._outbox:
+                for peer, frame in self._outbox[0]:
+                    await self._room(self.links[peer])
+                    if self.failure is not None:
+                        break
+                    self._queue(peer, frame)
+                self._outbox.popleft()
         except FrameError as error:
             self.fail(self.rank, str(error))
+            self._outbox.clear()
+        if self._reduction is not None and self._reduction.done:
+            self._reduction = None
         self._notify()
 
     async def _write(self, link: Link) -> None:
-        while (message := await link.queue.get()) is not None:
+        message: _Message | None
+        while True:
+            batch: list[bytes] = []
+            message = await link.queue.get()
+            while message is not None:
+                batch.append(message.encoded(self._tag))
+                if link.queue.empty() or sum(map(len, batch)) >= SMALL_BYTES:
+                    break
+                message = link.queue.get_nowait()
             try:
-                await link.write(message.encoded(self._tag))
-                link.moved_s = time.monotonic()
+                if batch:
+                    await link.write(batch[0] if len(batch) == 1 else b"".join(batch))
             except ConnectionError:
                 return  # The reading side of the same stream sees it too, and names the peer.
+            link.moved_s = time.monotonic()
+            if message is None:
+                return
+            if self._outbox:
+                self._notify()
 
     async def _receive(self, peer: int, link: Link, frame: Frame) -> None:
         if frame.kind is Kind.BYE:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -27,10 +28,13 @@ _DTYPES = {
     )
 }
 
-_HEADER = struct.Struct("<QBxxxIIIII")
+_HEADER = struct.Struct("<QBxxxIIIIII")
 HEADER_BYTES = _HEADER.size
 MAX_FRAME_BYTES = CHUNK_BYTES + HEADER_BYTES
-"""A larger frame is refused by the transport before it is read."""
+SMALL_BYTES = 32 << 10
+"""Frames that wait together travel as one message while they are smaller than this: a message has a fixed cost."""
+MAX_MESSAGE_BYTES = SMALL_BYTES + MAX_FRAME_BYTES
+"""A larger message is refused by the transport before it is read."""
 
 
 class Kind(enum.IntEnum):
@@ -80,26 +84,32 @@ def group_tag(run_id: str, generation: int) -> int:
 
 
 def encode(tag: int, frame: Frame) -> bytes:
-    """Frame -> bytes: the only copy that we make on the way out."""
+    """Frame -> bytes: the only copy that we make on the way out. A message is one frame after the other."""
     kind, op, bucket, chunk, lo, hi, payload = frame
-    return b"".join((_HEADER.pack(tag, kind, op, bucket, chunk, lo, hi), payload))
+    return b"".join((_HEADER.pack(tag, kind, op, bucket, chunk, lo, hi, len(payload)), payload))
 
 
-def decode(tag: int, data: bytes) -> Frame:
-    """Bytes -> frame, whose payload is a view of them.
+def decode(tag: int, data: bytes) -> Iterator[Frame]:
+    """Message -> its frames, whose payloads are views of it.
 
     Raises:
         FrameError: too short, of another run or generation, or of no known kind.
     """
-    if len(data) < _HEADER.size:
-        raise FrameError(f"sent {len(data)} bytes, which is no frame")
-    theirs, kind, op, bucket, chunk, lo, hi = _HEADER.unpack_from(data)
-    if theirs != tag:
-        raise FrameError("sent a frame of another run or generation")
-    try:
-        return Frame(Kind(kind), op, bucket, chunk, lo, hi, memoryview(data)[_HEADER.size :])
-    except ValueError:
-        raise FrameError(f"sent a frame of unknown kind {kind}") from None
+    at = 0
+    while at < len(data) or not data:
+        if len(data) - at < HEADER_BYTES:
+            raise FrameError(f"sent {len(data) - at} bytes, which is no frame")
+        theirs, kind, op, bucket, chunk, lo, hi, num_bytes = _HEADER.unpack_from(data, at)
+        if theirs != tag:
+            raise FrameError("sent a frame of another run or generation")
+        at += HEADER_BYTES
+        if len(data) - at < num_bytes:
+            raise FrameError(f"sent {len(data) - at} of the {num_bytes} bytes of a frame")
+        try:
+            yield Frame(Kind(kind), op, bucket, chunk, lo, hi, memoryview(data)[at : at + num_bytes])
+        except ValueError:
+            raise FrameError(f"sent a frame of unknown kind {kind}") from None
+        at += num_bytes
 
 
 def array_to_chunks(array: mx.array) -> list[bytes | memoryview]:

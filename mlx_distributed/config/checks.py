@@ -215,6 +215,9 @@ def _pairs(config: Config) -> Iterator[Problem]:
     if scheduler.warmup_steps is not None and scheduler.warmup_ratio is not None:
         rule = f"cannot stand beside scheduler.warmup_steps={scheduler.warmup_steps}; remove one of the two"
         yield Problem("scheduler.warmup_ratio", rule, ("scheduler.warmup_steps",))
+    if config.optimizer.shard and config.parallel.backend == "native":
+        rule = "needs parallel.backend=grpc: a native group only sums whole arrays; use that backend, or false"
+        yield Problem("optimizer.shard", rule, ("parallel.backend",))
     if config.eval.generate and not data.validation and not data.val_fraction:
         rule = "needs rows to generate for; set data.validation or data.val_fraction (0.1, say), or leave it out"
         yield Problem("eval.generate", rule, ("data.validation", "data.val_fraction"))

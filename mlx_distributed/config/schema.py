@@ -129,6 +129,10 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     weight_decay: float = 0.01
     """Decoupled; never on norms and biases."""
+    shard: bool = False
+    """Every worker keeps the moments of its share of the parameters alone, updates those and sends them to the others,
+    in place of summed gradients. Does not change the result; checkpoints fit either way. Workers that are left when one
+    is lost cannot save by themselves."""
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,18 @@
-"""`DistributedAdamW`: AdamW over a communicator. The state is replicated: every rank updates all parameters alike."""
+"""`DistributedAdamW`: AdamW on the parameters that a rank updates: all of them, or the segments that it owns."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from mlx_distributed.comm.buckets import Arrays
 
+STEP = "step"
+"""In the optimizer's state, the number of updates so far."""
+MOMENTS = ("m", "v")
+"""In the optimizer's state, what follows the name of a parameter and a dot."""
 GROUP_BYTES = 64 << 20
 """Parameters are updated this many bytes at a time, so that old and new values do not all live at once."""
 
@@ -16,6 +20,11 @@ GROUP_BYTES = 64 << 20
 def decays(name: str, parameter: mx.array) -> bool:
     """Whether weight decay applies: to matrices, not to norms and biases."""
     return parameter.ndim >= 2 and not name.endswith(("bias", "biases"))
+
+
+def decaying(parameters: Mapping[str, mx.array]) -> frozenset[str]:
+    """Names of the parameters that weight decay applies to, given whole."""
+    return frozenset(name for name, parameter in parameters.items() if decays(name, parameter))
 
 
 @dataclass(frozen=True)
@@ -31,14 +40,20 @@ class DistributedAdamW:
 
     def init(self, parameters: Mapping[str, mx.array]) -> Arrays:
         """The state before the first step: `step`, and `<name>.m`, `<name>.v` shaped as each parameter, float32."""
-        state = {"step": mx.array(0, mx.uint64)}
+        state = {STEP: mx.array(0, mx.uint64)}
         for name, parameter in parameters.items():
-            state[f"{name}.m"] = mx.zeros(parameter.shape, mx.float32)
-            state[f"{name}.v"] = mx.zeros(parameter.shape, mx.float32)
+            for moment in MOMENTS:
+                state[f"{name}.{moment}"] = mx.zeros(parameter.shape, mx.float32)
         return state
 
     def update(
-        self, parameters: Arrays, gradients: Arrays, state: Arrays, scale: mx.array, learning_rate: float
+        self,
+        parameters: Arrays,
+        gradients: Arrays,
+        state: Arrays,
+        scale: mx.array,
+        learning_rate: float,
+        decayed: Collection[str],
     ) -> Iterator[Arrays]:
         """One step, a group of parameters at a time.
 
@@ -46,16 +61,17 @@ class DistributedAdamW:
         would be the largest allocation of the step. The caller evaluates a group before it asks for the next.
 
         Args:
-            parameters: float32.
+            parameters: float32; of each all elements, or any flat segment, which gets the same bits.
             gradients: of the same names and shapes.
             state: as from `init`.
             scale: scalar that every gradient is multiplied by first.
             learning_rate: of this step.
+            decayed: names of the parameters that weight decay applies to (`decaying`).
 
         Yields:
             Groups of new parameters, not yet evaluated; evaluating them evaluates their part of the state too.
         """
-        step = state["step"] = state["step"] + 1
+        step = state[STEP] = state[STEP] + 1
         rate = mx.array(learning_rate, mx.float32)
         group: Arrays = {}
         num_bytes = 0
@@ -68,7 +84,7 @@ class DistributedAdamW:
                 state[f"{name}.v"],
                 step,
                 rate,
-                self.weight_decay if decays(name, parameter) else 0.0,
+                self.weight_decay if name in decayed else 0.0,
             )
             num_bytes += parameter.nbytes
             del parameter, gradient

@@ -46,7 +46,7 @@ def synchronise(state: TrainState, comm: Communicator) -> None:
     theirs = [json.loads(np.asarray(array).tobytes()) for array in gathered]
     if any(other[:2] != theirs[0][:2] for other in theirs):
         parameters = _broadcast(state.parameters, comm, "the parameters")
-        state.restore(parameters, _broadcast(state.optimizer, comm, "the optimizer's state"), *theirs[0][0])
+        state.restore(parameters, _broadcast(state.shared, comm, "the optimizer's state"), *theirs[0][0])
     # Whether there is something to evaluate or to save must look the same everywhere.
     state.metrics = theirs[0][2]
 

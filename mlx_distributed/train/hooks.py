@@ -13,7 +13,7 @@ from mlx_distributed.tracking import Tracker
 from mlx_distributed.train.agreement import broadcast_bytes
 from mlx_distributed.train.checkpoint import EVAL_LOSS, Checkpointer, CheckpointMeta
 from mlx_distributed.train.evaluation import evaluate_loss
-from mlx_distributed.train.feedback import collect, give
+from mlx_distributed.train.private import collect, give
 from mlx_distributed.train.state import TrainState
 from mlx_distributed.train.trainer import StepInfo
 
@@ -70,20 +70,29 @@ class Save:
         self._save(state, self._comm)
 
     def alone(self, state: TrainState) -> None:
-        """Save without the others, whom this rank has lost: what only they had is not in it."""
-        if self._comm.rank == 0:
+        """Save without the others, whom this rank has lost: what compression has left out there is not in it. Without
+        their moments there would be nothing to go on with, so of a shard nothing is saved."""
+        if self._comm.rank:
+            return
+        if state.shard is None:
             self._save(state, LocalComm())
+        elif self._saved[0] != state.step:
+            last = self._checkpointer.find("auto")
+            self._tracker.message(
+                f"step {state.step} cannot be saved, as every worker had a part of the moments (optimizer.shard): "
+                f"--resume goes on from the last whole checkpoint ({last.folder.name if last else 'there is none yet'})"
+            )
 
     def _save(self, state: TrainState, comm: Communicator) -> None:
         if not state.step or self._saved == (state.step, state.metrics):
             return
         aliases = ["latest", f"step-{state.step}", *(["best"] if self.is_best(state) else [])]
         if comm.rank == 0:
-            owed = collect(state.feedback, self._layout, comm)
-            folder = self._checkpointer.save(state.parameters, state.optimizer, self._describe(state), owed)
+            of_ranks = collect(state, self._layout, comm)
+            folder = self._checkpointer.save(state.parameters, state.shared, self._describe(state), of_ranks)
             self._tracker.checkpoint(folder, state.step, aliases)
         else:
-            give(state.feedback, self._layout, comm)
+            give(state, self._layout, comm)
         self._best_loss = min(self._best_loss, state.metrics.get(EVAL_LOSS, math.inf))
         self._saved = (state.step, state.metrics)
 

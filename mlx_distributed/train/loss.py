@@ -6,13 +6,17 @@ by the number of label tokens of the whole step comes after the reduction.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_distributed.comm.buckets import BLOCK, Bucket
+
 SUM_BLOCK = 256
 """Elements that are summed at once."""
+ROW = 128
+"""Of the squares in a block."""
 
 
 def summed_loss(model: nn.Module, tokens: mx.array, loss_mask: mx.array) -> mx.array:
@@ -31,13 +35,27 @@ def summed_loss(model: nn.Module, tokens: mx.array, loss_mask: mx.array) -> mx.a
     return mx.where(loss_mask[:, 1:], losses, 0.0).sum()
 
 
-def global_norm(arrays: Iterable[mx.array]) -> mx.array:
-    """The 2-norm of all arrays together, a float32 scalar.
+def block_sums(arrays: Bucket) -> mx.array:
+    """Sums of squares over blocks of `BLOCK` elements of the arrays one after the other, float32 [num_blocks].
 
-    Squares are summed over fixed blocks of each array, and the sums of the blocks in the order given, so that the bits
-    do not depend on which rank holds what.
+    A slice of a bucket begins and ends with a block, so its sums have the bits that they have in the whole bucket.
     """
-    return mx.sqrt(_sum(mx.stack([_sum(mx.square(array).reshape(-1)) for array in arrays])))
+    flat = [array.reshape(-1) for array in arrays]
+    if rest := -sum(array.size for array in arrays) % BLOCK:
+        flat.append(mx.zeros(rest))
+    whole = flat[0] if len(flat) == 1 else mx.concatenate(flat)
+    num_blocks = whole.size // BLOCK
+    sums = mx.square(whole).reshape(num_blocks * BLOCK // ROW, ROW).sum(axis=1).reshape(num_blocks, BLOCK // ROW)
+    while (half := sums.shape[1] // 2) > 0:  # Elementwise: how a kernel adds few rows may depend on their number.
+        sums = sums[:, :half] + sums[:, half:]
+    return sums.reshape(num_blocks)
+
+
+def global_norm(sums: Sequence[mx.array]) -> mx.array:
+    """The 2-norm of all buckets together, a float32 scalar, from their `block_sums` in order, whoever computed them."""
+    for block in sums:
+        mx.eval(block)  # One bucket after the other, as each needs memory for its squares.
+    return mx.sqrt(_sum(mx.concatenate(list(sums))))
 
 
 def _sum(values: mx.array) -> mx.array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -15,7 +15,8 @@ from mlx_distributed.comm.buckets import Arrays
 from mlx_distributed.comm.compress import Feedback
 from mlx_distributed.errors import CheckpointError
 from mlx_distributed.models import trainable
-from mlx_distributed.parallel.adamw import DistributedAdamW
+from mlx_distributed.parallel.adamw import STEP, DistributedAdamW, decaying
+from mlx_distributed.parallel.shard import Shard
 
 
 def digest(arrays: Mapping[str, mx.array]) -> str:
@@ -39,7 +40,7 @@ class TrainState:
 
     model: nn.Module
     optimizer: Arrays
-    """As from `DistributedAdamW.init`."""
+    """As from `DistributedAdamW.init`, of all parameters or of the segments in `shard`."""
     step: int = 0
     """Steps committed, those that were skipped for a loss that is not finite among them."""
     num_tokens: int = 0
@@ -47,18 +48,25 @@ class TrainState:
     num_skipped: int = 0
     """Steps skipped in a row, up to now."""
     feedback: Feedback = field(default_factory=Feedback)
-    """What lossy wire formats have left out of this rank's gradients: the only part that is not the same on all."""
+    """What lossy wire formats have left out of this rank's gradients."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Of the last evaluation, if it was made at this very step; they go into the checkpoint."""
+    shard: Shard | None = None
+    """Which part of the moments this rank has; None: all of them, as every rank has."""
 
     @property
     def parameters(self) -> Arrays:
         """What is trained, by name."""
         return trainable(self.model)
 
+    @property
+    def shared(self) -> Arrays:
+        """Of the optimizer's state what is the same on every rank."""
+        return self.optimizer if self.shard is None else {STEP: self.optimizer[STEP]}
+
     def digest(self) -> dict[str, str]:
-        """SHA-256 of `params` and of `optimizer`."""
-        return {"params": digest(self.parameters), "optimizer": digest(self.optimizer)}
+        """SHA-256 of `params` and of `optimizer`, as far as they are the same on every rank."""
+        return {"params": digest(self.parameters), "optimizer": digest(self.shared)}
 
     def commit(
         self,
@@ -68,8 +76,15 @@ class TrainState:
         learning_rate: float,
         num_tokens: int,
     ) -> None:
-        """Take the step. Touches no other machine; `gradients` is emptied."""
-        for group in optimizer.update(self.parameters, gradients, self.optimizer, scale, learning_rate):
+        """Take the step, with the whole state on this rank. Touches no other machine; `gradients` is emptied."""
+        parameters = self.parameters
+        decayed = decaying(parameters)
+        groups = optimizer.update(parameters, gradients, self.optimizer, scale, learning_rate, decayed)
+        self.take(groups, num_tokens)
+
+    def take(self, groups: Iterable[Arrays], num_tokens: int) -> None:
+        """Take new parameters, group by group: the end of a step. Touches no other machine."""
+        for group in groups:
             self.model.update(tree_unflatten(list(group.items())))
             mx.eval(group)
         self.feedback.commit()
@@ -86,18 +101,18 @@ class TrainState:
         self.metrics = {}
 
     def restore(self, parameters: Arrays, optimizer: Arrays, step: int, num_tokens: int, num_skipped: int) -> None:
-        """Take over a saved state.
+        """Take over a saved state. `optimizer` is as `shared`: the moments of a shard stay as they are.
 
         Raises:
             CheckpointError: a name, a shape or a dtype is not that of the model; nothing is taken over then.
         """
-        for mine, theirs in ((self.parameters, parameters), (self.optimizer, optimizer)):
+        for mine, theirs in ((self.parameters, parameters), (self.shared, optimizer)):
             for name in sorted(mine.keys() | theirs.keys()):
                 expected, found = (_kind(arrays.get(name)) for arrays in (mine, theirs))
                 if expected != found:
                     raise CheckpointError(f"the saved state does not fit: {name} is {found} there and {expected} here")
         self.model.update(tree_unflatten(list(parameters.items())))
-        self.optimizer = dict(optimizer)
+        self.optimizer = self.optimizer | optimizer
         self.step, self.num_tokens, self.num_skipped = step, num_tokens, num_skipped
         mx.eval(self.parameters, self.optimizer)
 

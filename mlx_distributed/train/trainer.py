@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_distributed.comm.base import Parts, add_buckets
+from mlx_distributed.comm.base import Communicator, Parts, add_buckets
 from mlx_distributed.comm.buckets import (
     Arrays,
     Bucket,
@@ -30,7 +32,9 @@ from mlx_distributed.errors import TrainingError
 from mlx_distributed.parallel.adamw import DistributedAdamW
 from mlx_distributed.parallel.data import rank_weights, share
 from mlx_distributed.parallel.mesh import Mesh
-from mlx_distributed.train.loss import global_norm, summed_loss
+from mlx_distributed.parallel.shard import Shard
+from mlx_distributed.train import sharded
+from mlx_distributed.train.loss import block_sums, global_norm, summed_loss
 from mlx_distributed.train.schedule import learning_rate
 from mlx_distributed.train.state import TrainState
 from mlx_distributed.train.tally import Tally
@@ -107,23 +111,23 @@ class Trainer:
         tally_layout = make_layout(Tally.empty(len(microbatches)).part((0, 0)))
         # Compute: the partial sums that this rank holds. Communicate: sums, never means; may raise CommError.
         parts = _Stopwatch(self._compute(state, microbatches, layout, tally_layout, mesh))
-        what = f"the gradients of step {step + 1}"
         before = replace(mesh.dp.traffic)
-        buckets = mesh.dp.all_reduce(layout + tally_layout, len(microbatches), parts, what, state.feedback)
+        gradients, tally, sums = self._reduce(state, layout, tally_layout, len(microbatches), parts, mesh)
         comm_exposed_s = time.monotonic() - start_s - parts.elapsed_s
-        gradients = from_buckets(layout + tally_layout, buckets)
-        del buckets  # So that the optimizer's update can free the gradients one by one.
-        # Commit: nothing below touches another machine, so a failed step leaves the old state whole.
-        tally = Tally.pop(gradients)
-        norm = global_norm(gradients.values()) / tally.total_tokens
+        reduced = replace(mesh.dp.traffic)
+        # Commit: nothing below touches another machine, but for a shard, which exchanges its parameters before anything
+        # changes. So a failed step leaves the old state whole.
+        norm = global_norm(sums) / tally.total_tokens
         scale = mx.minimum(1.0, (self.config.train.max_grad_norm or math.inf) / (norm + 1e-6)) / tally.total_tokens
         grad_norm = float(np.asarray(norm))
         rate = learning_rate(self.config.scheduler, self.config.optimizer.learning_rate, step, self.plan.num_steps)
         skipped = why_not_finite(step + 1, tally, grad_norm)
         if skipped:
             state.skip()
-        else:
+        elif state.shard is None:
             state.commit(self.optimizer, gradients, scale, rate, tally.total_tokens)
+        else:
+            sharded.commit(state, self.optimizer, layout, gradients, scale, rate, tally.total_tokens, mesh.dp)
         return StepInfo(
             step=state.step,
             loss=tally.mean_loss,
@@ -132,11 +136,33 @@ class Trainer:
             grad_norm=grad_norm,
             step_s=time.monotonic() - start_s,
             comm_s=mesh.dp.traffic.reduce_s - before.reduce_s,
-            comm_exposed_s=comm_exposed_s,
+            comm_exposed_s=comm_exposed_s + mesh.dp.traffic.reduce_s - reduced.reduce_s,
             sent_bytes=mesh.dp.traffic.sent_bytes - before.sent_bytes,
             stop_requested=tally.stop,
             skipped=skipped,
         )
+
+    def _reduce(
+        self,
+        state: TrainState,
+        layout: tuple[BucketLayout, ...],
+        tally_layout: tuple[BucketLayout, ...],
+        num_microbatches: int,
+        parts: Iterator[Parts],
+        mesh: Mesh,
+    ) -> tuple[Arrays, Tally, Sequence[mx.array]]:
+        """The summed gradients, whole or as the segments of this rank, the tally, and `block_sums` of all buckets."""
+        what = f"the gradients of step {state.step + 1}"
+        if state.shard is None:
+            buckets = mesh.dp.all_reduce(layout + tally_layout, num_microbatches, parts, what, state.feedback)
+            sums = [block_sums(bucket) for bucket in buckets[: len(layout)]]
+            gradients = from_buckets(layout + tally_layout, buckets)
+            return gradients, Tally.pop(gradients), sums
+        of_gradients = itertools.islice(parts, len(layout))
+        slices = mesh.dp.reduce_scatter(layout, num_microbatches, of_gradients, what, state.feedback)
+        tally = mesh.dp.all_reduce(tally_layout, num_microbatches, parts, f"the losses of step {state.step + 1}")
+        sums = sharded.gather_block_sums(layout, slices, f"the gradient norm of step {state.step + 1}", mesh.dp)
+        return state.shard.split(slices), Tally.pop(from_buckets(tally_layout, tally)), sums
 
     def _compute(
         self,
@@ -166,7 +192,8 @@ class Trainer:
             del gradients, bucket
             mx.eval(loss, [] if last else [tree.parts for tree in trees])
             tally.losses[i] = loss.item()
-            mesh.dp.check(f"all_reduce of the gradients of step {state.step + 1}")
+            operation = "all_reduce" if state.shard is None else "reduce_scatter"
+            mesh.dp.check(f"{operation} of the gradients of step {state.step + 1}")
         for tree in trees:
             mx.eval(list(tree.parts.values()))
             yield dict(tree.parts)
@@ -191,6 +218,18 @@ class Trainer:
         loss, gradients = mx.value_and_grad(loss_of)(parameters, tokens, loss_mask)
         state.model.update(parameters)  # The transformation has left its tracers in the module.
         return loss, dict(tree_flatten(gradients))
+
+
+def init_state(model: nn.Module, config: Config, comm: Communicator) -> TrainState:
+    """The state before the first step: of all moments, or of those that this rank of the group owns."""
+    state = TrainState(model, {})
+    parameters = state.parameters
+    if config.optimizer.shard:
+        layout = gradient_layout(parameters, config.parallel.wire)
+        state.shard = Shard.of(layout, [owned[comm.rank] for owned in comm.slices(layout)])
+        parameters = state.shard.cut(parameters)
+    state.optimizer = make_optimizer(config).init(parameters)
+    return state
 
 
 def make_optimizer(config: Config) -> DistributedAdamW:

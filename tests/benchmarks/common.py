@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import queue
 import random
 import statistics
 import subprocess
@@ -23,6 +24,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -85,6 +88,59 @@ def fresh(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call `function` in a new process and return what it returns."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args, **kwargs).result()
+
+
+def run_group(work: Callable[..., T], num_ranks: int, *args: Any, patience_s: float = 600.0) -> list[T]:
+    """Call `work(comm, *args)` on every rank of a group over gRPC, each in a new process; returns what they return.
+
+    Raises:
+        SystemExit: a rank has failed, or all are silent for longer than `patience_s`.
+    """
+    context = get_context("spawn")
+    told: Queue[tuple[int, Any]] = context.Queue()
+    lines: list[Queue[list[str]]] = [context.Queue() for _ in range(num_ranks)]
+    ranks = [
+        context.Process(target=_be_rank, args=(rank, work, args, lines, told), daemon=True) for rank in range(num_ranks)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        addresses = _hear_all(told, ranks, patience_s)
+        for line in lines:
+            line.put(addresses)
+        return _hear_all(told, ranks, patience_s)
+    finally:
+        for process in ranks:
+            process.join(timeout=10.0)
+            process.kill()
+
+
+def _be_rank(
+    rank: int, work: Callable[..., T], args: tuple[Any, ...], lines: list[Queue[list[str]]], told: Queue[tuple[int, T]]
+) -> None:
+    from mlx_distributed.comm.grpc_comm import GrpcComm
+
+    comm = GrpcComm(rank, len(lines), "benchmark")
+    told.put((rank, comm.address))
+    comm.connect(lines[rank].get())
+    result = work(comm, *args)
+    comm.close()
+    told.put((rank, result))
+
+
+def _hear_all(told: Queue[tuple[int, Any]], ranks: Sequence[BaseProcess], patience_s: float) -> list[Any]:
+    """One word of every rank, in rank order."""
+    said: dict[int, Any] = {}
+    limit_s = time.monotonic() + patience_s
+    while len(said) < len(ranks):
+        try:
+            rank, word = told.get(timeout=1.0)
+            said[rank] = word
+        except queue.Empty:
+            failed = [rank for rank, process in enumerate(ranks) if process.exitcode]
+            if failed or time.monotonic() > limit_s:
+                raise SystemExit(f"rank {failed[0]} has failed" if failed else "the ranks are silent") from None
+    return [said[rank] for rank in range(len(ranks))]
 
 
 def write_rows(file: Path, num_rows: int, num_words: tuple[int, int], seed: int = 0) -> Path:

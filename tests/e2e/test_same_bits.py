@@ -1,4 +1,4 @@
-"""The number of workers, how they share the work, and gradient checkpointing do not change a bit of the result."""
+"""How many workers there are, what each does and keeps, and gradient checkpointing change no bit of the result."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ VARIANTS = {
     "2 workers": ["--nproc", "2"],
     "3 workers": ["--nproc", "3"],
     "uneven share": ["--nproc", "3", "parallel.share=[1, 4, 1]"],
+    "1 worker, sharded": ["optimizer.shard=true"],
+    "2 workers, sharded": ["--nproc", "2", "optimizer.shard=true"],
+    "3 workers, sharded": ["--nproc", "3", "optimizer.shard=true", "parallel.bandwidth=[1, 4, 2]"],
     "gradient checkpointing": ["train.gradient_checkpointing=true"],
 }
 

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_distributed.comm.base import Communicator, LocalComm, Parts
 from mlx_distributed.comm.buckets import Bucket, BucketLayout, from_buckets
+from mlx_distributed.comm.compress import Feedback
 from mlx_distributed.config.schema import Config, LoraConfig, ModelConfig, ParallelConfig, TrainConfig
 from mlx_distributed.data.plan import Plan
 from mlx_distributed.data.tokenize import Row
@@ -39,9 +40,14 @@ class Tapped:
         return getattr(self.comm, name)
 
     def all_reduce(
-        self, layout: Sequence[BucketLayout], num_leaves: int, buckets: Iterable[Parts], what: str
+        self,
+        layout: Sequence[BucketLayout],
+        num_leaves: int,
+        buckets: Iterable[Parts],
+        what: str,
+        feedback: Feedback | None = None,
     ) -> list[Bucket]:
-        reduced = self.comm.all_reduce(layout, num_leaves, buckets, what)
+        reduced = self.comm.all_reduce(layout, num_leaves, buckets, what, feedback)
         self.sums = from_buckets(layout, reduced)
         return reduced
 

@@ -15,12 +15,12 @@ from mlx_distributed.errors import ConfigError
 SCHEMA_VERSION = 1
 """Goes up whenever a program that knows only the old schema would misread the new one."""
 FILES = ("params.safetensors", "optimizer.safetensors")
-_FEEDBACK = re.compile(r"feedback-[0-9]{4}\.safetensors")
+_OF_A_RANK = re.compile(r"rank-[0-9]{4}\.safetensors")
 
 
-def feedback_file(rank: int) -> str:
-    """What a lossy wire format has left out of the gradients of a rank."""
-    return f"feedback-{rank:04d}.safetensors"
+def rank_file(rank: int) -> str:
+    """What only this rank has had."""
+    return f"rank-{rank:04d}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,13 @@ class Manifest:
     """The contents of `manifest.json`."""
 
     files: Mapping[str, FileEntry]
-    """By name: those of `FILES`, and where the wire format is lossy one of each rank besides."""
+    """By name: those of `FILES`, and where ranks have something that others do not, one of each rank besides."""
     meta: CheckpointMeta
+
+    @property
+    def of_ranks(self) -> tuple[str, ...]:
+        """The files of single ranks, in rank order; empty where all have the same."""
+        return tuple(sorted(self.files.keys() - set(FILES)))
 
     def to_json(self) -> str:
         """Text that `parse` reads."""
@@ -84,7 +89,7 @@ class Manifest:
 
     @classmethod
     def parse(cls, text: bytes, path: Path) -> Manifest:
-        """Read a manifest that may hold anything. No files but those of `FILES` and `feedback_file` can be named.
+        """Read a manifest that may hold anything. No files but those of `FILES` and `rank_file` can be named.
 
         Args:
             text: its bytes.
@@ -108,8 +113,8 @@ class Manifest:
                 "checkpoint that this version wrote"
             )
         record = _record(record, "manifest", ("schema_version", "files", "meta"))
-        feedback = sorted(name for name in _names(record["files"]) if _FEEDBACK.fullmatch(name))
-        names = (*FILES, *feedback)
+        num_ranks = sum(1 for name in _names(record["files"]) if _OF_A_RANK.fullmatch(name))
+        names = (*FILES, *map(rank_file, range(num_ranks)))
         files = _record(record["files"], "files", names)
         return cls({name: _file_entry(files[name], name) for name in names}, _meta(record["meta"]))
 

@@ -9,13 +9,16 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_distributed.comm.buckets import Arrays
 from mlx_distributed.errors import CheckpointError
+from mlx_distributed.parallel.adamw import MOMENTS
 from mlx_distributed.train.checkpoint.manifest import FILES, CheckpointMeta, Manifest
+from mlx_distributed.train.checkpoint.segments import FEEDBACK, SEGMENT, merge
 
 MANIFEST = "manifest.json"
 EVAL_LOSS = "eval/loss"
@@ -59,15 +62,72 @@ class Checkpoint:
         """Parameters and optimizer state, evaluated: MLX reads lazily, and the files may be gone later.
 
         Raises:
-            CheckpointError: MLX cannot read the files.
+            CheckpointError: MLX cannot read the files, or what is in them does not fit together.
         """
-        parameters, optimizer = (_load_arrays(self.folder / name) for name in FILES)
-        return parameters, optimizer
+        return self.parameters(), dict(self.optimizer())
+
+    def parameters(self) -> Arrays:
+        """The parameters, evaluated; see `load` for errors."""
+        return self._read(self._open(FILES[0]))
+
+    def optimizer(self) -> Iterator[tuple[str, mx.array]]:
+        """The arrays of the optimizer's state in the order of their names, one at a time, whole and evaluated, whether
+        they were saved whole or as segments; see `load` for errors."""
+        arrays = self._open(FILES[1])
+        segments = self._of_ranks(SEGMENT)
+        if any(segments):
+            shapes = {name: tuple(array.shape) for name, array in self._open(FILES[0]).items()}
+            shapes = {f"{name}.{moment}": shape for name, shape in shapes.items() for moment in MOMENTS}
+            try:
+                moments = merge(chain.from_iterable(found.items() for found in segments), shapes)
+            except ValueError as error:
+                raise CheckpointError(f"{self.folder} is corrupted: {error}") from None
+            if twice := sorted(arrays.keys() & moments.keys()):
+                raise CheckpointError(f"{self.folder} is corrupted: {twice[0]} is there both whole and in segments")
+            arrays |= moments
+            del moments
+        del segments
+        for name in sorted(arrays):
+            yield name, self._read({name: arrays.pop(name)})[name]
 
     def feedback(self) -> list[Callable[[], Arrays]]:
-        """What loads, for each rank of the group that saved, what compression had left out; see `load` for errors."""
-        names = sorted(self.manifest.files.keys() - set(FILES))
-        return [partial(_load_arrays, self.folder / name) for name in names]
+        """What loads, for each rank of the group that saved, what compression had left out, by the name of the
+        parameter; empty where it left out nothing. See `load` for errors."""
+
+        def load(rank: int) -> Arrays:
+            arrays = self._of_ranks(FEEDBACK)[rank]
+            return self._read({name.removeprefix(FEEDBACK): array for name, array in arrays.items()})
+
+        return [partial(load, rank) for rank, found in enumerate(self._of_ranks(FEEDBACK)) if found]
+
+    def _of_ranks(self, prefix: str) -> list[Arrays]:
+        """What the file of each rank has whose name begins so, not yet evaluated."""
+        files = [self._open(name) for name in self.manifest.of_ranks]
+        for name in chain.from_iterable(files):
+            if not name.startswith((FEEDBACK, SEGMENT)):
+                raise CheckpointError(f"{self.folder} is corrupted: no rank can have {name!r}")
+        return [{name: array for name, array in arrays.items() if name.startswith(prefix)} for arrays in files]
+
+    def _read(self, arrays: Arrays) -> Arrays:
+        """The same arrays, evaluated."""
+        try:
+            mx.eval(arrays)
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{self.folder} cannot be read: {error}") from error
+        return arrays
+
+    def _open(self, name: str) -> Arrays:
+        """The arrays in one file, not yet evaluated."""
+        path = self.folder / name
+        try:
+            arrays = mx.load(str(path), format="safetensors")
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{path} is not a safetensors file that MLX can read: {error}") from error
+        assert isinstance(arrays, dict)
+        for array_name, array in arrays.items():
+            if array.size != math.prod(array.shape):  # MLX lets the product overflow.
+                raise CheckpointError(f"{path} is corrupted: {array_name!r} cannot have the shape {array.shape}")
+        return arrays
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -178,16 +238,3 @@ def _file_size(path: Path) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{path.parent} is not a checkpoint: {path.name} is not a regular file")
     return status.st_size
-
-
-def _load_arrays(path: Path) -> Arrays:
-    try:
-        arrays = mx.load(str(path), format="safetensors")
-        mx.eval(arrays)
-    except (RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file that MLX can read: {error}") from error
-    assert isinstance(arrays, dict)
-    for name, array in arrays.items():
-        if array.size != math.prod(array.shape):  # MLX lets the product overflow.
-            raise CheckpointError(f"{path} is corrupted: {name!r} cannot have the shape {array.shape}")
-    return arrays

@@ -9,16 +9,15 @@ import itertools
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_distributed.comm.buckets import Arrays
 from mlx_distributed.errors import CheckpointError
-from mlx_distributed.train.checkpoint.manifest import FILES, CheckpointMeta, FileEntry, Manifest, feedback_file
+from mlx_distributed.train.checkpoint.manifest import FILES, CheckpointMeta, FileEntry, Manifest, rank_file
 from mlx_distributed.train.checkpoint.read import (
     EVAL_LOSS,
     MANIFEST,
@@ -87,13 +86,24 @@ class Checkpointer:
                 self.notice(f"going back behind step {checkpoint.meta.step}: its checkpoint is kept as {aside}")
 
     def save(
-        self, parameters: Arrays, optimizer: Arrays, meta: CheckpointMeta, feedback: Iterable[Arrays] = ()
+        self,
+        parameters: Arrays,
+        optimizer: Arrays,
+        meta: CheckpointMeta,
+        of_ranks: Sequence[Callable[[], Arrays]] = (),
     ) -> Path:
         """Write a checkpoint, which is on disk when this returns, and then remove those that need not be kept.
 
         A whole checkpoint of the same step with the same arrays is left as it is, unless `meta` brings new metrics; any
         other one of the same step is replaced. Arrays are written from where they are: the call needs memory only for
-        those that are not contiguous. `feedback` is what compression has left out, one rank after the other.
+        those that are not contiguous.
+
+        Args:
+            parameters: by name.
+            optimizer: its state, as far as every rank has it.
+            meta: what the checkpoint holds besides.
+            of_ranks: what gets that which only one rank has, in rank order. Called one after the other, and what one
+                gives is let go before the next is called.
 
         Returns:
             The folder of the checkpoint.
@@ -105,8 +115,8 @@ class Checkpointer:
         try:
             self._clean()
             try:
-                owed = ((feedback_file(rank), arrays) for rank, arrays in enumerate(feedback))
-                _write(aside, chain(zip(FILES, (parameters, optimizer), strict=True), owed), meta)
+                files = dict(zip(FILES, (lambda: parameters, lambda: optimizer), strict=True))
+                _write(aside, files | {rank_file(rank): get for rank, get in enumerate(of_ranks)}, meta)
                 folder = self._put_in_place(aside)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -173,13 +183,13 @@ class _HashingWriter(io.BufferedWriter):
         return super().write(data)
 
 
-def _write(folder: Path, files: Iterable[tuple[str, Arrays]], meta: CheckpointMeta) -> None:
+def _write(folder: Path, files: Mapping[str, Callable[[], Arrays]], meta: CheckpointMeta) -> None:
     """Make the folder of a checkpoint, the manifest last, everything on disk."""
     if not folder.parent.exists():
         folder.parent.mkdir(parents=True)
         _sync_folder(folder.parent.parent)
     folder.mkdir()
-    entries = {name: _write_arrays(folder / name, arrays) for name, arrays in files}
+    entries = {name: _write_arrays(folder / name, get()) for name, get in files.items()}
     with (folder / MANIFEST).open("w", encoding="utf-8") as file:
         file.write(Manifest(entries, meta).to_json())
         file.flush()

@@ -62,7 +62,7 @@ def test_an_integer_is_off_by_half_a_step_at_most(wire: str, largest: int, value
     for start in range(0, values.size, codec.block):  # type: ignore[attr-defined]
         block = slice(start, start + codec.block)  # type: ignore[attr-defined]
         step = float(np.abs(values[block]).max()) / largest
-        assert np.abs(decoded[block] - values[block]).max() <= step * 0.50001 + 2.0**-126
+        assert np.abs(decoded[block] - values[block]).max() <= max(step * 0.50001, 1.3e-28)
 
 
 @pytest.mark.parametrize("wire", CODECS)

@@ -18,7 +18,7 @@ from mlx_distributed.comm.buckets import make_layout, to_buckets
 from mlx_distributed.comm.grpc_comm import METHOD, SERVICE, GrpcComm
 from mlx_distributed.comm.mailbox import MAX_UNREAD_BYTES
 from mlx_distributed.comm.tree_sum import TreeSum
-from mlx_distributed.comm.wire import MAX_FRAME_BYTES, Frame, Kind, encode, group_tag
+from mlx_distributed.comm.wire import MAX_MESSAGE_BYTES, Frame, Kind, encode, group_tag
 from mlx_distributed.errors import CommError
 from mlx_distributed.testing import run_ranks
 
@@ -252,7 +252,7 @@ def test_noise_is_refused_before_it_costs_anything() -> None:
         answer = speak(comm.address, noise)
         assert isinstance(answer, grpc.RpcError)
         assert answer.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.PERMISSION_DENIED)
-    answer = speak(comm.address, b"\0" * (2 * MAX_FRAME_BYTES))
+    answer = speak(comm.address, b"\0" * (2 * MAX_MESSAGE_BYTES))
     assert isinstance(answer, grpc.RpcError)
     assert answer.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     comm.close()
@@ -266,7 +266,7 @@ def test_noise_is_refused_before_it_costs_anything() -> None:
         (encode(group_tag("run", 0), Frame(Kind.MESSAGE, 1, 0, 5, 0, 2)), "chunk 5 of 2"),
         (encode(group_tag("run", 0), Frame(Kind.ABORT, payload=b"{}")), "left without a reason"),
         (encode(group_tag("run", 0), Frame(Kind.RESULT, 0)), "operation 0"),
-        (b"\0" * (MAX_FRAME_BYTES + 1), "the stream ended"),
+        (b"\0" * (MAX_MESSAGE_BYTES + 1), "the stream ended"),
     ],
 )
 def test_a_member_that_sends_nonsense_is_named(frame: bytes, words: str) -> None:
@@ -304,7 +304,7 @@ def test_what_nobody_asks_for_is_not_read_without_bound() -> None:
             array = comm.recv(0, 1, "a flood")
             assert array[0].item() == i
             total += array.size
-            assert comm._session._mailbox.unread_bytes[0] <= MAX_UNREAD_BYTES + MAX_FRAME_BYTES
+            assert comm._session._mailbox.unread_bytes[0] <= MAX_UNREAD_BYTES + MAX_MESSAGE_BYTES
         comm.send(mx.array(total), 0, 2, "thanks")
         return total
 

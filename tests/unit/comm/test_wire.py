@@ -21,9 +21,14 @@ TAG = group_tag("run", 3)
 
 def test_a_frame_there_and_back() -> None:
     frame = Frame(Kind.PART, op=7, bucket=2, chunk=5, lo=4, hi=6, payload=b"abc")
-    back = decode(TAG, encode(TAG, frame))
+    (back,) = decode(TAG, encode(TAG, frame))
     assert back == frame
     assert back.kind is Kind.PART
+
+
+def test_frames_that_travel_together() -> None:
+    frames = [Frame(Kind.PART, 1, payload=b"abc"), Frame(Kind.END, 1), Frame(Kind.MESSAGE, 2, hi=1, payload=b"")]
+    assert list(decode(TAG, b"".join(encode(TAG, frame) for frame in frames))) == frames
 
 
 def test_the_largest_frame_is_within_the_limit() -> None:
@@ -38,11 +43,13 @@ def test_the_largest_frame_is_within_the_limit() -> None:
         (encode(group_tag("run", 2), Frame(Kind.END)), "another run or generation"),
         (encode(group_tag("other", 3), Frame(Kind.END)), "another run or generation"),
         (encode(TAG, Frame(99)), "unknown kind 99"),  # type: ignore[arg-type]
+        (encode(TAG, Frame(Kind.END)) + b"x", "1 bytes, which is no frame"),
+        (encode(TAG, Frame(Kind.PART, payload=b"abc"))[:-1], "2 of the 3 bytes"),
     ],
 )
 def test_what_is_not_a_frame_of_this_group_is_refused(data: bytes, words: str) -> None:
     with pytest.raises(FrameError, match=words):
-        decode(TAG, data)
+        list(decode(TAG, data))
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16, mx.int64, mx.uint8, mx.bool_])

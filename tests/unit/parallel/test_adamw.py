@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from mlx_distributed.comm.buckets import Arrays
 from mlx_distributed.parallel import adamw
-from mlx_distributed.parallel.adamw import DistributedAdamW, decays
+from mlx_distributed.parallel.adamw import DistributedAdamW, decaying, decays
 
 SHAPES = {"embed.weight": (17, 8), "up.weight": (24, 8), "conv.weight": (4, 3, 2), "head.weight": (17, 8)}
 
@@ -30,7 +30,8 @@ def take_step(
 ) -> Arrays:
     """The new parameters, evaluated group by group as the contract says."""
     updated: Arrays = {}
-    for group in optimizer.update(dict(parameters), dict(gradients), state, mx.array(scale), rate):
+    decayed = decaying(parameters)
+    for group in optimizer.update(dict(parameters), dict(gradients), state, mx.array(scale), rate, decayed):
         mx.eval(group)
         updated |= group
     return updated
@@ -106,7 +107,7 @@ def test_groups_change_memory_and_not_the_result(group_bytes: int, monkeypatch: 
     left, gradients_left = dict(parameters), dict(gradients)
     sizes: list[int] = []
     found: Arrays = {}
-    groups: Iterator[Arrays] = optimizer.update(left, gradients_left, state, mx.array(0.5), 1e-3)
+    groups: Iterator[Arrays] = optimizer.update(left, gradients_left, state, mx.array(0.5), 1e-3, decaying(left))
     for group in groups:
         mx.eval(group)
         found |= group
@@ -128,5 +129,5 @@ def test_the_state_is_float32_and_starts_at_zero() -> None:
 
 def test_nothing_to_train_is_an_empty_step() -> None:
     state = DistributedAdamW().init({})
-    assert list(DistributedAdamW().update({}, {}, state, mx.array(1.0), 1e-3)) == []
+    assert list(DistributedAdamW().update({}, {}, state, mx.array(1.0), 1e-3, ())) == []
     assert state["step"].item() == 1

@@ -86,6 +86,14 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         in_manifest("files", {"../secret": {}, "/etc/passwd": {}}),
         "entries params.safetensors, optimizer",
     ),
+    "rank 1 without rank 0": (
+        in_manifest("files/rank-0001.safetensors", {"num_bytes": 0, "sha256": ""}),
+        "entries params.safetensors, optimizer.safetensors, rank-0000.safetensors in files",
+    ),
+    "missing file of a rank": (
+        in_manifest("files/rank-0000.safetensors", {"num_bytes": 0, "sha256": ""}),
+        "rank-0000.safetensors: No such file",
+    ),
     "file entry": (in_manifest("files/params.safetensors", 3), "just the entries num_bytes, sha256"),
     "negative size": (in_manifest("files/params.safetensors/num_bytes", -1), "no size and hash of params"),
     "huge size": (in_manifest("files/params.safetensors/num_bytes", 10**400), "no size and hash of params"),

@@ -7,13 +7,12 @@ import pytest
 from train_samples import make_rows, make_state
 
 from mlx_distributed.comm.base import Communicator, LocalComm
-from mlx_distributed.comm.compress import Feedback
 from mlx_distributed.testing import run_ranks
 from mlx_distributed.tracking import Trackers
 from mlx_distributed.train.checkpoint import Checkpointer, CheckpointMeta, locate
 from mlx_distributed.train.evaluation import evaluate_loss
-from mlx_distributed.train.feedback import hand_out
 from mlx_distributed.train.hooks import Evaluate, Save, every
+from mlx_distributed.train.private import hand_out
 from mlx_distributed.train.state import TrainState
 from mlx_distributed.train.trainer import StepInfo, gradient_layout
 
@@ -87,13 +86,12 @@ def test_rank_0_saves_for_all_with_what_only_they_have(tmp_path: Path) -> None:
         Save(Checkpointer(tmp_path, None, True, print), comm, layout, Trackers([]), describe)(state)
         comm.barrier("the checkpoint")
         checkpoint = locate(tmp_path, print)
-        restored = Feedback()
-        hand_out(restored, layout, checkpoint.feedback() if comm.rank == 0 else [], comm)
-        alone = Feedback()
-        hand_out(alone, layout, checkpoint.feedback(), LocalComm())
+        restored, alone = at(1), at(1)
+        hand_out(restored, layout, checkpoint if comm.rank == 0 else None, comm)
+        hand_out(alone, layout, checkpoint, LocalComm())
         return {
-            "restored": [float(values.mean()) for values in restored.residual.values()],
-            "alone": [float(values.mean()) for values in alone.residual.values()],
+            "restored": [float(values.mean()) for values in restored.feedback.residual.values()],
+            "alone": [float(values.mean()) for values in alone.feedback.residual.values()],
         }
 
     for rank, found in enumerate(run_ranks(3, work)):

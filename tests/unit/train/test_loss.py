@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from train_samples import TinyModel, make_rows
 
+from mlx_distributed.comm.buckets import BLOCK
+from mlx_distributed.comm.reduction import slices
 from mlx_distributed.data.tokenize import Row, collate
-from mlx_distributed.train import loss as module
-from mlx_distributed.train.loss import global_norm, summed_loss
+from mlx_distributed.train.loss import block_sums, global_norm, summed_loss
 
 
 def arrays(rows: list[Row]) -> tuple[mx.array, mx.array]:
@@ -75,29 +76,44 @@ def test_logits_of_half_precision_are_summed_in_float32(model: TinyModel) -> Non
     assert summed_loss(model, *arrays(rows)).item() == pytest.approx(expected, rel=2e-3)
 
 
-@given(st.lists(st.lists(st.integers(1, 6), max_size=3), min_size=1, max_size=5), st.integers(2, 40))
-def test_the_norm_is_that_of_numpy(shapes: list[list[int]], block: int) -> None:
+def norm_of(buckets: list[list[mx.array]]) -> mx.array:
+    return global_norm([block_sums(bucket) for bucket in buckets])
+
+
+@given(st.lists(st.lists(st.lists(st.integers(1, 6), max_size=3), min_size=1, max_size=3), min_size=1, max_size=3))
+def test_the_norm_is_that_of_numpy(shapes: list[list[list[int]]]) -> None:
     random = np.random.default_rng(0)
-    given = [random.standard_normal(shape).astype(np.float32) for shape in shapes]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "SUM_BLOCK", block)
-        norm = global_norm(mx.array(array) for array in given)
+    buckets = [[random.standard_normal(shape).astype(np.float32) for shape in bucket] for bucket in shapes]
+    norm = norm_of([[mx.array(array) for array in bucket] for bucket in buckets])
     assert (norm.dtype, norm.shape) == (mx.float32, ())
-    flat = np.concatenate([array.reshape(-1).astype(np.float64) for array in given])
+    flat = np.concatenate([array.reshape(-1).astype(np.float64) for bucket in buckets for array in bucket])
     assert norm.item() == pytest.approx(np.linalg.norm(flat), rel=1e-6)
 
 
-def test_the_bits_of_the_norm_follow_from_values_and_order() -> None:
-    random = np.random.default_rng(1)
-    values = [random.standard_normal(shape).astype(np.float32) for shape in ((700, 900), (3,), (1100, 1000))]
-    listed = global_norm([mx.array(value) for value in values]).item()
-    iterated = global_norm(iter({str(i): mx.array(value) for i, value in enumerate(values)}.values())).item()
-    in_views = global_norm([mx.array(np.ascontiguousarray(value.T)).T for value in values]).item()
-    assert listed == iterated == in_views
+@given(st.lists(st.integers(0, 5 * BLOCK), min_size=1, max_size=4), st.integers(1, 5), st.integers(0, 2**32 - 1))
+def test_the_bits_of_the_norm_do_not_depend_on_who_owns_what(sizes: list[int], num_ranks: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    flats = [mx.array(random.standard_normal(size, np.float32)) for size in sizes]
+    shares = random.dirichlet(np.ones(num_ranks)).tolist()
+    pieces = [
+        block_sums([flat[start:stop]])
+        for index, flat in enumerate(flats)
+        for start, stop in slices(flat.size, shares, index)
+    ]
+    whole = norm_of([[flat] for flat in flats])
+    in_arrays = norm_of([mx.split(flat, [flat.size // 3]) for flat in flats])
+    assert global_norm(pieces).item() == whole.item() == in_arrays.item()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_a_gradient_that_is_not_finite_has_no_finite_norm(value: float) -> None:
+    array = mx.zeros(3 * BLOCK + 5)
+    array[BLOCK + 7] = value
+    assert not math.isfinite(norm_of([[mx.zeros(7)], [array]]).item())
 
 
 def test_the_norm_of_many_elements_is_as_exact_as_that_of_few() -> None:
     """MLX adds a flat array on a CPU from one end to the other, which loses digits."""
     values = [np.random.default_rng(2).standard_normal(size).astype(np.float32) for size in (1 << 20, (1 << 20) + 777)]
-    listed = global_norm([mx.array(value) for value in values]).item()
-    assert listed == pytest.approx(math.sqrt(sum(float((v.astype(np.float64) ** 2).sum()) for v in values)), rel=1e-6)
+    norm = norm_of([[mx.array(value)] for value in values]).item()
+    assert norm == pytest.approx(math.sqrt(sum(float((v.astype(np.float64) ** 2).sum()) for v in values)), rel=1e-6)

@@ -12,6 +12,7 @@ from train_samples import CONFIG, TinyModel, make_state
 
 from mlx_distributed.comm.buckets import Arrays
 from mlx_distributed.errors import CheckpointError
+from mlx_distributed.parallel.adamw import decaying
 from mlx_distributed.train.state import TrainState, digest
 from mlx_distributed.train.trainer import make_optimizer
 
@@ -67,7 +68,8 @@ def test_a_commit_is_the_step_of_the_optimizer() -> None:
     state = make_state()
     state.num_skipped, state.metrics = 2, {"eval/loss": 1.0}
     expected, moments = state.parameters, dict(state.optimizer)
-    (group,) = make_optimizer(CONFIG).update(expected, gradients_of(state), moments, mx.array(0.5), 1e-2)
+    optimizer, decayed = make_optimizer(CONFIG), decaying(expected)
+    (group,) = optimizer.update(expected, gradients_of(state), moments, mx.array(0.5), 1e-2, decayed)
     gradients = gradients_of(state)
     state.commit(make_optimizer(CONFIG), gradients, mx.array(0.5), 1e-2, num_tokens=5)
     assert not gradients

@@ -1,0 +1,159 @@
+"""What only one rank has, on its way into a checkpoint and back: its part of the moments, where the optimizer is
+sharded, and what lossy wire formats have left out of its gradients.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_distributed.comm.base import Communicator
+from mlx_distributed.comm.buckets import Arrays, BucketLayout, from_buckets, to_buckets
+from mlx_distributed.comm.compress import Feedback
+from mlx_distributed.errors import CheckpointError
+from mlx_distributed.parallel.adamw import MOMENTS, STEP
+from mlx_distributed.parallel.shard import Shard
+from mlx_distributed.train.checkpoint import Checkpoint
+from mlx_distributed.train.checkpoint.segments import FEEDBACK, segment_name
+from mlx_distributed.train.state import TrainState
+
+_TAG = 1
+_FEEDBACK = "what compression has left out"
+_MOMENTS = "the moments"
+_PRIVATE = "what only one worker has"
+
+
+def give(state: TrainState, layout: Sequence[BucketLayout], comm: Communicator) -> None:
+    """Hand what only this rank has to rank 0, when that asks for it through `collect`."""
+    if _any_private(state, layout):
+        comm.recv(0, _TAG, _PRIVATE)
+        for array in _private(state, layout).values():
+            comm.send(array, 0, _TAG, _PRIVATE)
+
+
+def collect(state: TrainState, layout: Sequence[BucketLayout], comm: Communicator) -> list[Callable[[], Arrays]]:
+    """On rank 0: what gets, from each rank, what only that has, named as in its file. To be called one after the other,
+    in rank order. Empty where all ranks have the same."""
+
+    def receive(rank: int) -> Arrays:
+        comm.send(mx.zeros(0), rank, _TAG, _PRIVATE)  # Who sends unasked would fill our memory.
+        segments: dict[str, str] = {}
+        if state.shard is not None:
+            segments = _segments(Shard.of(layout, [owned[rank] for owned in comm.slices(layout)]))
+        names = [*segments, *_feedback_names(layout)]
+        return {name: comm.recv(rank, _TAG, _PRIVATE) for name in names}
+
+    if not _any_private(state, layout):
+        return []
+    return [partial(_private, state, layout), *(partial(receive, rank) for rank in range(1, comm.size))]
+
+
+def hand_out(
+    state: TrainState, layout: Sequence[BucketLayout], checkpoint: Checkpoint | None, comm: Communicator
+) -> None:
+    """Give every rank, of what was saved, what only it is to have.
+
+    Args:
+        state: of this rank, whose optimizer and feedback are replaced.
+        layout: of the gradients.
+        checkpoint: on rank 0, what the run goes on from, if anything; the others give None.
+        comm: over which it is handed out.
+
+    Raises:
+        CheckpointError: something saved does not fit the parameters.
+    """
+    if state.shard is not None and comm.broadcast(mx.array(checkpoint is not None), 0, _MOMENTS).item():
+        _hand_out_moments(state, checkpoint, comm)
+    if layout[0].lossy:
+        _hand_out_feedback(state.feedback, layout, checkpoint.feedback() if checkpoint else [], comm)
+
+
+def _any_private(state: TrainState, layout: Sequence[BucketLayout]) -> bool:
+    return state.shard is not None or layout[0].lossy
+
+
+def _private(state: TrainState, layout: Sequence[BucketLayout]) -> Arrays:
+    """What only this rank has, named as in its file."""
+    arrays: Arrays = {}
+    if state.shard is not None:
+        arrays = {name: state.optimizer[moment] for name, moment in _segments(state.shard).items()}
+    if layout[0].lossy:
+        arrays |= zip(_feedback_names(layout), _owed(state.feedback, layout).values(), strict=True)
+    return arrays
+
+
+def _segments(shard: Shard) -> dict[str, str]:
+    """Name of a segment in the file of a rank -> name of the moment."""
+    moments = ((f"{name}.{kind}", start) for name, (start, _) in shard.ranges.items() for kind in MOMENTS)
+    return {segment_name(moment, start): moment for moment, start in moments}
+
+
+def _feedback_names(layout: Sequence[BucketLayout]) -> list[str]:
+    """In the file of a rank, in the order of the layout; none where nothing is left out."""
+    return [FEEDBACK + leaf.name for bucket in layout if bucket.lossy for leaf in bucket.leaves]
+
+
+def _hand_out_moments(state: TrainState, checkpoint: Checkpoint | None, comm: Communicator) -> None:
+    """Array by array, of which every rank keeps its segment, so that nobody holds all of them."""
+    assert state.shard is not None
+    kinds: dict[str, tuple[mx.Dtype, tuple[int, ...]]] = {STEP: (mx.uint64, ())}
+    for name, array in state.parameters.items():
+        kinds |= {f"{name}.{moment}": (mx.float32, tuple(array.shape)) for moment in MOMENTS}
+    ranges = {f"{name}.{moment}": owned for name, owned in state.shard.ranges.items() for moment in MOMENTS}
+    saved: Iterable[tuple[str, mx.array | None]]
+    saved = checkpoint.optimizer() if checkpoint else ((name, None) for name in sorted(kinds))
+    for name, found in itertools.zip_longest(sorted(kinds), saved):
+        if name is None or found is None or found[0] != name or not _fits(found[1], kinds[name]):
+            raise CheckpointError(f"{_MOMENTS} do not fit: they were saved for other parameters")
+        whole = comm.broadcast(found[1], 0, f"{_MOMENTS}, {name}")
+        if name == STEP:
+            state.optimizer[name] = whole
+        elif name in ranges:
+            # Through numpy, as a view would keep the whole in memory.
+            state.optimizer[name] = mx.array(np.asarray(whole).reshape(-1)[slice(*ranges[name])])
+        comm.barrier(_MOMENTS)  # Or rank 0 would read ahead of what the network can take.
+
+
+def _fits(array: mx.array | None, kind: tuple[mx.Dtype, tuple[int, ...]]) -> bool:
+    """Whether an array is of a dtype and shape; where there is none, another rank has looked at it."""
+    return array is None or (array.dtype, tuple(array.shape)) == kind
+
+
+def _hand_out_feedback(
+    feedback: Feedback, layout: Sequence[BucketLayout], saved: Sequence[Callable[[], Arrays]], comm: Communicator
+) -> None:
+    """Where there are now more or fewer ranks than in `saved`, rank 0 takes what all of them were owed."""
+    num_saved = comm.broadcast(mx.array(len(saved)), 0, _FEEDBACK).item()
+    if comm.rank == 0:
+        for rank, load in enumerate(saved):
+            arrays = load()
+            _check_feedback(arrays, layout)
+            if num_saved != comm.size or rank == 0:
+                _add(feedback, layout, arrays)
+            else:
+                for leaf in (leaf for bucket in layout for leaf in bucket.leaves):
+                    comm.send(arrays[leaf.name], rank, _TAG, _FEEDBACK)
+    elif num_saved == comm.size:
+        names = [leaf.name for bucket in layout for leaf in bucket.leaves]
+        _add(feedback, layout, {name: comm.recv(0, _TAG, _FEEDBACK) for name in names})
+
+
+def _owed(feedback: Feedback, layout: Sequence[BucketLayout]) -> Arrays:
+    flat = (feedback.owed(index, bucket.size) for index, bucket in enumerate(layout))
+    return from_buckets(layout, [bucket.unpack(values) for bucket, values in zip(layout, flat, strict=True)])
+
+
+def _add(feedback: Feedback, layout: Sequence[BucketLayout], arrays: Arrays) -> None:
+    for index, (bucket, values) in enumerate(zip(layout, to_buckets(layout, arrays), strict=True)):
+        feedback.residual[index] = feedback.owed(index, bucket.size) + bucket.pack(values)
+
+
+def _check_feedback(arrays: Arrays, layout: Sequence[BucketLayout]) -> None:
+    expected = {leaf.name: leaf.shape for bucket in layout for leaf in bucket.leaves}
+    found = {name: tuple(array.shape) for name, array in arrays.items() if array.dtype == mx.float32}
+    if found != expected:
+        raise CheckpointError(f"{_FEEDBACK} does not fit the gradients: it was saved for other parameters")

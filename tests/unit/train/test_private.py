@@ -1,0 +1,159 @@
+"""What only one rank has, in a checkpoint that anybody may have written, and after the loss of a rank."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from checkpoint_samples import arrays, checkpointer, meta
+from train_samples import CONFIG, TinyModel
+
+from mlx_distributed.comm.base import LocalComm
+from mlx_distributed.comm.buckets import Arrays
+from mlx_distributed.errors import CheckpointError
+from mlx_distributed.tracking import ConsoleTracker, Trackers
+from mlx_distributed.train.checkpoint import open_checkpoint
+from mlx_distributed.train.hooks import Save
+from mlx_distributed.train.private import collect, hand_out
+from mlx_distributed.train.state import TrainState, digest
+from mlx_distributed.train.trainer import gradient_layout, init_state
+
+SHARDED = replace(CONFIG, optimizer=replace(CONFIG.optimizer, shard=True))
+
+
+def loaders(*of_ranks: Arrays) -> Sequence[Callable[[], Arrays]]:
+    return [lambda own=own: own for own in of_ranks]  # type: ignore[misc]
+
+
+def make_state() -> TrainState:
+    return init_state(TinyModel(), SHARDED, LocalComm())
+
+
+MOMENTS = {f"moments/w.{moment}@0": mx.ones(600) for moment in "mv"}
+REST = {f"moments/w.{moment}@600": mx.zeros(400) for moment in "mv"}
+
+
+def test_segments_of_ranks_are_loaded_whole(tmp_path: Path) -> None:
+    shared = {"step": mx.array(3, mx.uint64)}
+    folder = checkpointer(tmp_path).save(arrays(1)[0], shared, meta(1), loaders(MOMENTS, {}, REST))
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.manifest.of_ranks == tuple(f"rank-000{rank}.safetensors" for rank in range(3))
+    _, optimizer = checkpoint.load()
+    assert list(optimizer) == ["step", "w.m", "w.v"]
+    assert optimizer["w.m"].tolist() == [1.0] * 600 + [0.0] * 400
+    assert checkpoint.feedback() == []
+
+
+def test_what_one_rank_has_is_let_go_before_the_next_is_asked(tmp_path: Path) -> None:
+    class Own(dict[str, mx.array]):
+        """A dictionary that can be watched."""
+
+    given: list[weakref.ref[Own]] = []
+
+    def get() -> Arrays:
+        assert all(reference() is None for reference in given)
+        own = Own({"feedback/w": mx.zeros(1000)})
+        given.append(weakref.ref(own))
+        return own
+
+    folder = checkpointer(tmp_path).save(*arrays(1), meta(1), [get, get, get])
+    assert len(given) == len(open_checkpoint(folder).feedback()) == 3
+
+
+@pytest.mark.parametrize(
+    ("of_ranks", "said"),
+    [
+        ([MOMENTS], "the segments of w.m have 600 of 1000 elements"),
+        ([MOMENTS, MOMENTS, REST], "a segment of w.m begins at 0, where one at 600 is due"),
+        ([MOMENTS, REST | {"moments/x.m@0": mx.zeros(1)}], "'moments/x.m@0' is not a segment"),
+        ([MOMENTS, REST, {"step": mx.zeros(1)}], "no rank can have 'step'"),
+    ],
+)
+def test_segments_that_make_no_whole_are_refused(tmp_path: Path, of_ranks: list[Arrays], said: str) -> None:
+    folder = checkpointer(tmp_path).save(arrays(1)[0], {"step": mx.array(3)}, meta(1), loaders(*of_ranks))
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(folder).load()
+    assert said in str(error.value)
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_moment_is_whole_or_in_segments(tmp_path: Path) -> None:
+    folder = checkpointer(tmp_path).save(*arrays(1), meta(1), loaders(MOMENTS, REST))
+    with pytest.raises(CheckpointError, match=r"w\.m is there both whole and in segments"):
+        open_checkpoint(folder).load()
+
+
+def test_moments_of_other_parameters_are_refused(tmp_path: Path) -> None:
+    state = make_state()
+    whole = {name: array.reshape(state.parameters[name[:-2]].shape) if "." in name else array
+             for name, array in state.optimizer.items()}  # fmt: skip
+    for changes in (
+        {"head.weight.m": None},
+        {"zzz": mx.zeros(1)},
+        {"step": mx.array(1)},
+        {"head.weight.v": mx.zeros(16 * 8)},
+        {"head.weight.v": mx.zeros((16, 8), mx.float16)},
+    ):
+        optimizer = {name: array for name, array in (whole | changes).items() if array is not None}
+        folder = checkpointer(tmp_path).save(state.parameters, optimizer, meta(1))
+        with pytest.raises(CheckpointError, match="the moments do not fit: they were saved for other parameters"):
+            hand_out(make_state(), gradient_layout(state.parameters), open_checkpoint(folder), LocalComm())
+    folder = checkpointer(tmp_path).save(state.parameters, whole | {"step": mx.array(7, mx.uint64)}, meta(1))
+    restored = make_state()
+    hand_out(restored, gradient_layout(state.parameters), open_checkpoint(folder), LocalComm())
+    assert restored.optimizer["step"].item() == 7
+
+
+def test_feedback_of_other_parameters_is_refused(tmp_path: Path) -> None:
+    state = make_state()
+    state.shard = None
+    folder = checkpointer(tmp_path).save(*arrays(1), meta(1), loaders({"feedback/w": mx.zeros(1000)}))
+    with pytest.raises(CheckpointError, match="what compression has left out does not fit the gradients"):
+        hand_out(state, gradient_layout(state.parameters, "int8"), open_checkpoint(folder), LocalComm())
+
+
+def test_both_kinds_share_a_file(tmp_path: Path) -> None:
+    state, layout = make_state(), gradient_layout(make_state().parameters, "int8")
+    (own,) = (get() for get in collect(state, layout, LocalComm()))
+    folder = checkpointer(tmp_path).save(state.parameters, state.shared, meta(1), loaders(own))
+    checkpoint = open_checkpoint(folder)
+    (load,) = checkpoint.feedback()
+    assert load().keys() == state.parameters.keys()
+    assert dict(checkpoint.optimizer()).keys() == state.optimizer.keys()
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_who_is_left_alone_with_a_shard_says_where_to_go_on(tmp_path: Path, saved: bool) -> None:
+    state = make_state()
+    state.step = 4
+    with (tmp_path / "log").open("w") as log:
+        save = Save(
+            checkpointer(tmp_path / "checkpoints"),
+            LocalComm(),
+            gradient_layout(state.parameters),
+            Trackers([ConsoleTracker(9, log)]),
+            lambda state: meta(state.step),
+        )
+        if saved:
+            save(state)
+            save.alone(state)  # there is nothing new to lose
+        state.step = 5
+        save.alone(state)
+    (line,) = (line for line in (tmp_path / "log").read_text().splitlines() if "step 5" in line)
+    named = "step-00000004" if saved else "there is none yet"
+    assert "step 5 cannot be saved, as every worker had a part of the moments" in line
+    assert line.endswith(f"--resume goes on from the last whole checkpoint ({named})")
+    assert "step 4 cannot" not in (tmp_path / "log").read_text()
+
+
+def test_who_is_left_alone_with_everything_saves_it(tmp_path: Path) -> None:
+    state = init_state(TinyModel(), CONFIG, LocalComm())
+    state.step = 4
+    layout = gradient_layout(state.parameters)
+    Save(checkpointer(tmp_path), LocalComm(), layout, Trackers([]), lambda state: meta(state.step)).alone(state)
+    assert digest(open_checkpoint(tmp_path / "step-00000004").load()[1]) == digest(state.optimizer)
