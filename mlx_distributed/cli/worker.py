@@ -42,12 +42,13 @@ def _work(message: Mapping[str, Any], control: Control, interrupt: Interrupt) ->
     from mlx_distributed.cli.run import Job, train
     from mlx_distributed.comm.group import join_group
     from mlx_distributed.config import load_config
+    from mlx_distributed.parallel.data import rank_weights
 
     config = load_config(Path(message["config_file"]))
     rank, parallel = message["rank"], config.parallel
 
     listen = f"127.0.0.1:{parallel.port + rank if parallel.port else 0}"
-    bandwidths = None if parallel.bandwidth == "even" else parallel.bandwidth
+    bandwidths = rank_weights(parallel.bandwidth, parallel.nproc)
     comm = join_group(rank, parallel.nproc, message["secret"], parallel.timeout_s, listen, control.exchange, bandwidths)
     job = Job(
         config, message["run_id"], message["wandb_id"], message["resume"], on_loss=lambda: control.send(saving=True)

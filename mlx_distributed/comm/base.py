@@ -6,7 +6,7 @@ only error raised is `CommError`, after which the communicator is dead and every
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +18,8 @@ from mlx_distributed.comm.tree_sum import Node, TreeSum
 
 Parts = Mapping[Node, Bucket]
 """The partial sums that a rank holds of one bucket, by node of the summation tree."""
+Pending = Callable[[], list[Bucket]]
+"""Called, once, it waits for the sums of an operation that was started, and gives them."""
 
 
 @dataclass
@@ -58,6 +60,20 @@ class Communicator(Protocol):
 
         Returns:
             The summed buckets, the same bits on every rank.
+        """
+        ...
+
+    def start_all_reduce(
+        self,
+        layout: Sequence[BucketLayout],
+        num_leaves: int,
+        buckets: Iterable[Parts],
+        what: str,
+        feedback: Feedback | None = None,
+    ) -> Pending:
+        """As `all_reduce`, but return as soon as this rank's parts are handed over, so that it can go on computing.
+
+        No other operation on buckets may begin before the sums have been waited for; messages may be sent meanwhile.
         """
         ...
 
@@ -150,6 +166,17 @@ class LocalComm:
         feedback: Feedback | None = None,
     ) -> list[Bucket]:
         return [finish_tree(parts, num_leaves) for parts in buckets]
+
+    def start_all_reduce(
+        self,
+        layout: Sequence[BucketLayout],
+        num_leaves: int,
+        buckets: Iterable[Parts],
+        what: str,
+        feedback: Feedback | None = None,
+    ) -> Pending:
+        summed = self.all_reduce(layout, num_leaves, buckets, what, feedback)
+        return lambda: summed
 
     def slices(self, layout: Sequence[BucketLayout]) -> list[list[tuple[int, int]]]:
         return [[(0, bucket.size)] for bucket in layout]

@@ -73,10 +73,10 @@ class BucketLayout:
         return flat[0] if len(flat) == 1 else np.concatenate(flat)
 
     def empty(self, num_elements: int) -> tuple[mx.array, np.ndarray]:
-        """A flat array of so many elements and a view of its memory, to be written to before anything is computed with
-        the array: to copy a host buffer into MLX takes ten times as long."""
-        flat = mx.zeros(num_elements, self.dtype)
-        mx.eval(flat)
+        """A flat array of so many elements, whatever they are, and a view of its memory, to be written to before
+        anything is computed with the array: to copy a result into MLX would take its time after the last byte came."""
+        # No operation of MLX: to evaluate one costs 50 us, however small it is.
+        flat = mx.array(np.empty(num_elements, NUMPY_DTYPES[self.dtype]))
         return flat, np.asarray(flat)
 
     def split(self, flat: mx.array) -> Bucket:
@@ -87,14 +87,6 @@ class BucketLayout:
             for leaf, stop in zip(self.leaves, stops.tolist(), strict=True)
         ]
 
-    def unpack(self, flat: np.ndarray) -> Bucket:
-        """Flat host buffer of `size` elements -> new arrays of their shapes."""
-        stops = np.cumsum([leaf.size for leaf in self.leaves])
-        return [
-            mx.array(flat[stop - leaf.size : stop].reshape(leaf.shape))
-            for leaf, stop in zip(self.leaves, stops, strict=True)
-        ]
-
 
 def backward_order(names: Sequence[str]) -> list[str]:
     """Names in the order in which their gradients become ready: head and final norm, layers from the last, embeddings.
@@ -103,12 +95,18 @@ def backward_order(names: Sequence[str]) -> list[str]:
     """
 
     def key(name: str) -> tuple[int, int, str]:
-        layer = re.search(r"\blayers\.(\d+)\.", name)
-        if layer:
-            return (1, -int(layer.group(1)), name)
+        layer = layer_of(name)
+        if layer is not None:
+            return (1, -layer, name)
         return (2 if "embed" in name else 0, 0, name)
 
     return sorted(names, key=key)
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer that an array belongs to, by its name; None where it belongs to none."""
+    layer = re.search(r"\blayers\.(\d+)\.", name)
+    return int(layer.group(1)) if layer else None
 
 
 def make_layout(

@@ -8,6 +8,7 @@ stochastic gradient descent"; Karimireddy et al. 2019, "Error feedback fixes Sig
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -134,10 +135,7 @@ class Integer:
         largest = (1 << (self.bits - 1)) - 1
         rest = -values.size % self.block
         padded = np.append(values, np.zeros(rest, np.float32)) if rest else values
-        # `reduceat` takes half the time of a reduction along the rows.
-        magnitudes = (
-            np.maximum.reduceat(np.abs(padded), np.arange(0, padded.size, self.block)) if padded.size else padded
-        )
+        magnitudes = _block_maxima(np.abs(padded), self.block)
         scales = magnitudes * np.float32(1 / largest)
         with np.errstate(all="ignore"):
             # A block so small that its inverse might overflow counts as zero: feedback keeps it.
@@ -146,28 +144,51 @@ class Integer:
             steps += _TO_INTEGER
         whole = steps.view(np.int32).astype(np.int8).reshape(-1)
         if self.bits == 4:
-            pairs = whole.view(np.uint16)
-            packed = pairs >> 4
-            packed &= 0xF0
-            packed |= pairs & 0x0F
-            whole = packed.astype(np.uint8)
+            whole = _pack(whole)
         return b"".join((scales.data.cast("B"), whole.data.cast("B")))
 
     def decode(self, payload: Payload, num_elements: int) -> np.ndarray:
         num_blocks = -(-num_elements // self.block)
         scales = np.frombuffer(payload, np.float32, num_blocks)
         whole = np.frombuffer(payload, np.int8, offset=4 * num_blocks)
-        values = whole if self.bits == 8 else np.take(_NIBBLES, whole.view(np.uint8)).view(np.float32)
         with np.errstate(all="ignore"):
-            decoded = np.multiply(values.reshape(-1, self.block), scales[:, None], dtype=np.float32)
+            if self.bits == 4:
+                whole, scales = _unpack(whole), scales * np.float32(1 / 16)
+            decoded = np.multiply(whole.reshape(-1, self.block), scales[:, None], dtype=np.float32)
         return decoded.reshape(-1)[:num_elements]
 
 
 _SMALLEST_SCALE = np.float32(1e-30)
 _TO_INTEGER = np.float32(3 << 22)
 """Added to a float32 below 2 ** 22, it leaves the nearest integer, ties to even, in the low bits: `rint` is slower."""
-_NIBBLES = (((np.arange(256)[:, None] >> (0, 4) & 15) ^ 8) - 8).astype(np.float32).view(np.uint64).reshape(-1)
-"""By byte, the two 4-bit integers in it as a pair of float32."""
+_LOWER_HALVES = np.uint32(0x0F0F0F0F)
+"""Of the bytes of a word: numpy takes a quarter of the time for words of that for bytes."""
+
+
+def _block_maxima(values: np.ndarray, block: int) -> np.ndarray:
+    """The largest value of each block; NaN where there is one."""
+    if not values.size:
+        return values
+    if block > 64:  # Half the time of a reduction along the rows, but 50 ns for each block.
+        return np.maximum.reduceat(values, np.arange(0, values.size, block))
+    width = block
+    while width > 8:  # Laid over itself, the largest value of a block is among its first `width`.
+        width //= 2
+        values = np.maximum(values[:-width], values[width:])
+    return functools.reduce(np.maximum, [values[start::block] for start in range(width)])
+
+
+def _pack(whole: np.ndarray) -> np.ndarray:
+    """4-bit integers as bytes, those of the first half of the values in the lower halves: to pair neighbours takes
+    longer."""
+    lower, upper = np.split(whole.view(np.uint32), 2)
+    return ((lower & _LOWER_HALVES) | (upper << 4 & ~_LOWER_HALVES)).view(np.int8)
+
+
+def _unpack(packed: np.ndarray) -> np.ndarray:
+    """The same integers, 16 times as large: in the upper half of a byte they have their sign."""
+    words = packed.view(np.uint32)
+    return (np.concatenate((words << 4, words)) & ~_LOWER_HALVES).view(np.int8)
 
 
 CODECS: Mapping[str, Codec] = MappingProxyType(
@@ -198,24 +219,31 @@ class Feedback:
     def __init__(self) -> None:
         self.residual: dict[int, np.ndarray] = {}
         self._next: dict[int, np.ndarray] = {}
+        self._first = 0
+
+    def part(self, first: int) -> Feedback:
+        """The same buffers, for an operation on the buckets from number `first` on: it counts them from 0."""
+        part = Feedback()
+        part.residual, part._next, part._first = self.residual, self._next, self._first + first
+        return part
 
     def owed(self, index: int, num_elements: int) -> np.ndarray:
         """The buffer of bucket `index`, zeros where nothing was left out."""
-        owed = self.residual.get(index)
+        owed = self.residual.get(self._first + index)
         return np.zeros(num_elements, np.float32) if owed is None else owed
 
     def begin(self, index: int, num_elements: int) -> tuple[np.ndarray | None, np.ndarray]:
         """The buffer to add to what bucket `index` sends (None: nothing), and the one for what that leaves out."""
-        old = self.residual.get(index)
+        old = self.residual.get(self._first + index)
         new = np.zeros(num_elements, np.float32) if old is None else old.copy()
-        self._next[index] = new
+        self._next[self._first + index] = new
         return old, new
 
     def commit(self) -> None:
         """What the operations since the last commit have left out is what is owed now."""
         self.residual.update(self._next)
-        self._next = {}
+        self._next.clear()
 
     def discard(self) -> None:
         """Those operations have not happened."""
-        self._next = {}
+        self._next.clear()

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from mlx_distributed.comm.base import Communicator, LocalComm
 from mlx_distributed.comm.grpc_comm import GrpcComm
+
+if TYPE_CHECKING:
+    from mlx_distributed.comm.tls import Identity
 
 
 def join_group(
@@ -16,6 +20,7 @@ def join_group(
     listen: str,
     exchange: Callable[[str], Sequence[str]],
     bandwidths: Sequence[float] | None = None,
+    identity: Identity | None = None,
 ) -> Communicator:
     """Join the group of a run.
 
@@ -27,6 +32,7 @@ def join_group(
         listen: address to listen on; port 0 takes a free one.
         exchange: told the address that this rank listens on, gives those of all ranks.
         bandwidths: of each rank's link, in any unit; None means that they are alike.
+        identity: of the run, for TLS; None for ranks on one machine.
 
     Raises:
         CommError: the address is in use, or a peer did not come or was refused.
@@ -34,7 +40,7 @@ def join_group(
     if size == 1:
         exchange("")
         return LocalComm()
-    comm = GrpcComm(rank, size, run_id, timeout_s=timeout_s, listen=listen, bandwidths=bandwidths)
+    comm = GrpcComm(rank, size, run_id, timeout_s=timeout_s, listen=listen, bandwidths=bandwidths, identity=identity)
     try:
         comm.connect(exchange(comm.address))
     except BaseException as error:

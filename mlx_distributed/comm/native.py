@@ -13,7 +13,7 @@ from typing import TypeVar
 import mlx.core as mx
 import numpy as np
 
-from mlx_distributed.comm.base import Parts, Traffic, add_buckets
+from mlx_distributed.comm.base import Parts, Pending, Traffic, add_buckets
 from mlx_distributed.comm.buckets import Bucket, BucketLayout
 from mlx_distributed.comm.compress import Feedback
 from mlx_distributed.comm.wire import array_from_chunks, array_to_chunks
@@ -62,10 +62,19 @@ class NativeComm:
             summed = self._sum(flat, f"all_reduce of {what}")
             self.traffic.reduce_s += time.monotonic() - start_s
             self.traffic.sent_bytes += summed.nbytes
-            stops = np.cumsum([leaf.size for leaf in shape.leaves])[:-1].tolist()
-            pieces = mx.split(summed, stops)
-            results.append([piece.reshape(leaf.shape) for piece, leaf in zip(pieces, shape.leaves, strict=True)])
+            results.append(shape.split(summed))
         return results
+
+    def start_all_reduce(
+        self,
+        layout: Sequence[BucketLayout],
+        num_leaves: int,
+        buckets: Iterable[Parts],
+        what: str,
+        feedback: Feedback | None = None,
+    ) -> Pending:
+        summed = self.all_reduce(layout, num_leaves, buckets, what, feedback)
+        return lambda: summed
 
     def slices(self, layout: Sequence[BucketLayout]) -> list[list[tuple[int, int]]]:
         raise AssertionError(_NO_SLICES)

@@ -81,6 +81,8 @@ class Session:
     def __init__(self, rank: int, generation: int, tag: int, timeout_s: float) -> None:
         self.rank, self.generation, self.timeout_s = rank, generation, timeout_s
         self.links: dict[int, Link] = {}
+        self.absent: dict[int, str] = {}
+        """What is known of why a peer has no link yet."""
         self.sent_bytes = 0
         """To all peers, with headers; what is still queued counts as sent."""
         self.failure: tuple[int | None, str] | None = None
@@ -95,6 +97,8 @@ class Session:
         """The last one queued: the next peer may get the same."""
         self._outbox: deque[Iterator[Outgoing]] = deque()
         """What is still to be queued: frames are made as they are asked for."""
+        self._pump: asyncio.Task[None] | None = None
+        """Empties the outbox. Nobody waits for it, and a loop holds on to its tasks only weakly."""
         self._waiters: set[asyncio.Future[None]] = set()
 
     def error(self, name: str, start_s: float) -> CommError:
@@ -124,10 +128,12 @@ class Session:
         self._notify()
 
     def contribute(
-        self, reduction: Reduction, index: int, parts: Mapping[Node, np.ndarray], result: np.ndarray
+        self, reduction: Reduction, index: int, parts: Mapping[Node, np.ndarray], result: np.ndarray, last: bool
     ) -> None:
         """Put in this rank's parts of one bucket."""
         self._put_out(reduction.contribute(index, parts, result))
+        if last:  # Here, and not in a call of its own, so that small parts and the end are one message.
+            self.end(reduction)
 
     def end(self, reduction: Reduction) -> None:
         """This rank has no more parts."""
@@ -168,7 +174,8 @@ class Session:
                 if link and link.left:
                     self.fail(peer, "has left the group")
                 elif silent_s >= self.timeout_s:
-                    self.fail(peer, f"sent nothing for {silent_s:.1f} s")
+                    reason = f"sent nothing for {silent_s:.1f} s"
+                    self.fail(peer, reason if link else f"{reason} ({self.absent[peer]})")
             if self.failure is None:
                 await self._change(left_s)
 
@@ -321,8 +328,7 @@ class Session:
     def _notify(self) -> None:
         """Something has happened: a frame, a loss, a call of ours. Whoever waits looks again."""
         for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+            _wake(waiter)
 
     async def _change(self, timeout_s: float | None) -> None:
         """Until something has happened, or the time is up.
@@ -330,9 +336,18 @@ class Session:
         Not an `asyncio.Event`: `wait_for` begins to wait for one only in a task of its own, and what happens until
         then, with another waiter clearing the event in between, would be missed.
         """
-        waiter = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        waiter = loop.create_future()
         self._waiters.add(waiter)
+        timer = None if timeout_s is None else loop.call_later(timeout_s, _wake, waiter)
         try:
-            await asyncio.wait([waiter], timeout=timeout_s)
+            await waiter
         finally:
             self._waiters.remove(waiter)
+            if timer is not None:
+                timer.cancel()
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)

@@ -20,5 +20,5 @@ def share(num_microbatches: int, weights: Sequence[float]) -> list[tuple[int, in
 
 
 def rank_weights(setting: Literal["even"] | Sequence[float], size: int) -> Sequence[float]:
-    """`parallel.share` as one weight per rank."""
+    """`parallel.share` or `parallel.bandwidth` as one number per rank; even ones are alike."""
     return [1.0] * size if setting == "even" else setting

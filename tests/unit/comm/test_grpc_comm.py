@@ -15,7 +15,9 @@ import pytest
 
 from mlx_distributed.comm.base import Communicator, LocalComm, add_buckets
 from mlx_distributed.comm.buckets import make_layout, to_buckets
-from mlx_distributed.comm.grpc_comm import METHOD, SERVICE, GrpcComm
+from mlx_distributed.comm.grpc_comm import GrpcComm
+from mlx_distributed.comm.grpc_streams import METHOD, SERVICE
+from mlx_distributed.comm.hello import Membership
 from mlx_distributed.comm.mailbox import MAX_UNREAD_BYTES
 from mlx_distributed.comm.tree_sum import TreeSum
 from mlx_distributed.comm.wire import MAX_MESSAGE_BYTES, Frame, Kind, encode, group_tag
@@ -271,7 +273,7 @@ def test_noise_is_refused_before_it_costs_anything() -> None:
 )
 def test_a_member_that_sends_nonsense_is_named(frame: bytes, words: str) -> None:
     comm = GrpcComm(1, 2, "run", timeout_s=20)
-    hello = GrpcComm(0, 2, "run")._hello().SerializeToString()
+    hello = Membership("run", 0, 0, 2).hello().SerializeToString()
     hold = threading.Event()
 
     def messages() -> Iterator[bytes]:

@@ -19,6 +19,7 @@ from mlx_distributed.comm.reduction import (
     Operation,
     Outgoing,
     Reduction,
+    fineness,
     ownership,
     slices,
 )
@@ -60,8 +61,10 @@ def make_results(reduction: Reduction, elements: list[int]) -> list[np.ndarray]:
 def test_every_rank_gets_the_canonical_sum(size: int, num_leaves: int, elements: list[int], seed: int) -> None:
     rng, values = random.Random(seed), np.random.default_rng(seed)
     leaves = [[values.standard_normal(n, np.float32) for n in elements] for _ in range(num_leaves)]
-    shares = ownership([rng.uniform(1, 9) for _ in range(size)])
-    ranks = [Reduction(1, rank, shares, [BucketKind(n, F32) for n in elements], num_leaves) for rank in range(size)]
+    bandwidths = [rng.uniform(1, 9) for _ in range(size)]
+    fine, kinds = fineness(bandwidths), [BucketKind(n, F32) for n in elements]
+    shares = ownership(bandwidths)
+    ranks = [Reduction(1, rank, shares, kinds, num_leaves, fineness=fine) for rank in range(size)]
     edges = [0, *sorted(rng.randint(0, num_leaves) for _ in range(size - 1)), num_leaves]
     results = [make_results(reduction, elements) for reduction in ranks]
     network = Network(ranks, rng)
@@ -161,6 +164,17 @@ def test_ownership_is_the_optimum(bandwidths: list[float]) -> None:
     assert min(shares) >= 0
     times = [(1 + (size - 2) * share) / bandwidth for share, bandwidth in zip(shares, bandwidths, strict=True)]
     assert max(times) == pytest.approx(max((2 * size - 2) / sum(bandwidths), 1 / min(bandwidths)))
+
+
+def test_a_chunk_takes_the_slowest_link_as_long_as_a_whole_one_takes_the_fastest() -> None:
+    assert fineness([7.0, 7.0, 7.0]) == 1.0
+    assert fineness([1000, 1000, 200]) == 0.2
+    assert fineness([1000, 1]) == 1 / 8
+    kinds = [BucketKind(3 << 20, F32)]
+    coarse, fine = (Reduction(1, 0, [1.0, 0, 0], kinds, 3, fineness=f) for f in (1.0, 0.5))
+    values = np.zeros(3 << 20, np.float32)
+    parts = [[len(frame.payload) for _, frame in r.contribute(0, {(0, 3): values}, values)] for r in (coarse, fine)]
+    assert parts == [[1 << 20] * 24, [1 << 19] * 48]
 
 
 def test_waiting_names_the_rank_whose_parts_are_missing_then_the_owner_of_a_result() -> None:
