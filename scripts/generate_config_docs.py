@@ -64,11 +64,18 @@ def render() -> str:
 
 def _sections() -> Iterator[str]:
     yield from _table("Top level", "", Config)
-    for name, kind in get_type_hints(Config).items():
-        if is_dataclass(kind):
-            yield from _table(f"`{name}`", f"{name}.", kind)
+    for name, kind in _dataclasses(Config, ""):
+        yield from _table(f"`{name}`", f"{name}.", kind)
         if name == "data":
             yield from _table("A source: `data.train.N` and `data.validation.N`", "data.train.N.", SourceConfig)
+
+
+def _dataclasses(kind: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Dotted name and type of every section, those of sections included."""
+    for name, hint in get_type_hints(kind).items():
+        if is_dataclass(hint):
+            yield prefix + name, hint
+            yield from _dataclasses(hint, f"{prefix}{name}.")
 
 
 def _table(title: str, prefix: str, kind: Any) -> Iterator[str]:

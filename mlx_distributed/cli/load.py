@@ -74,10 +74,20 @@ def load_all(config: Config, comm: Communicator) -> Loaded:
         "train.global_batch_size": str(config.train.global_batch_size),
         "train.micro_batch_size": str(config.train.micro_batch_size),
     }
+    if config.parallel.sync != "step":
+        facts["parallel.sync"] = sync_fact(config)
     # A run may go on with other settings, but never with other ones on some of its workers.
     settings = {name: to_dict(config)[name] for name in ("train", "optimizer", "scheduler", "eval", "checkpoint")}
     check_same(facts | {"validation data": rows.validation_digest, "configuration": json.dumps(settings)}, comm)
     return Loaded(model, tokenizer, architecture, rows, make_plan(config, rows), facts, example_prompt(corpus))
+
+
+def sync_fact(config: Config) -> str:
+    """How workers agree, as far as what is under way between them depends on it."""
+    if config.parallel.sync == "delayed":
+        return "delayed"
+    diloco = config.parallel.diloco
+    return f"diloco with {diloco.fragments} fragments every {diloco.sync_every}, {diloco.overlap_steps} late"
 
 
 def scratch_tokenizer(corpus: Corpus, config: Config) -> bytes:

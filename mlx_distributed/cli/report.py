@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx_distributed.config import Config
 from mlx_distributed.train.checkpoint import EVAL_LOSS
 from mlx_distributed.train.evaluation import Sample
-from mlx_distributed.train.trainer import StepInfo
+from mlx_distributed.train.step_info import StepInfo
 
 LINE_CHARS = 200
 """A prompt or an answer that is longer is cut where it is shown."""

@@ -21,10 +21,12 @@ from mlx_distributed.tracking import ConsoleTracker, Trackers, open_tracker
 from mlx_distributed.train.agreement import synchronise
 from mlx_distributed.train.checkpoint import Checkpoint, Checkpointer, CheckpointMeta
 from mlx_distributed.train.evaluation import Sample, evaluate_generation
-from mlx_distributed.train.hooks import Evaluate, Save, every
+from mlx_distributed.train.hooks import Evaluate, Save, current, every
 from mlx_distributed.train.private import hand_out
+from mlx_distributed.train.setup import exchange_layout, init_state
 from mlx_distributed.train.state import TrainState
-from mlx_distributed.train.trainer import StepInfo, Trainer, gradient_layout, init_state
+from mlx_distributed.train.step_info import StepInfo
+from mlx_distributed.train.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class _Run:
         first = comm.rank == 0
         checkpoint = self._restore(checkpointer, job.resume) if first and job.resume is not None else None
         synchronise(self.state, comm)
-        layout = gradient_layout(self.state.parameters, config.parallel.wire)
+        layout = exchange_layout(self.state.parameters, config)
         hand_out(self.state, layout, checkpoint, comm)
         if first:
             accept_config(config)
@@ -124,8 +126,8 @@ class _Run:
         hooks = (
             self._warn,
             every(self.config.logging.steps, self._log),
-            every(self.config.eval.steps, self.evaluate),
-            every(self.config.checkpoint.steps, self.save),
+            every(self.config.eval.steps, current(self.evaluate)),
+            every(self.config.checkpoint.steps, current(self.save)),
         )
         stopped = False
         try:

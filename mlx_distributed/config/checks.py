@@ -32,24 +32,26 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "at least 1",
         lambda value: value >= 1,
         "lora.rank train.global_batch_size train.micro_batch_size train.max_steps eval.steps eval.max_examples "
-        "eval.max_new_tokens checkpoint.steps checkpoint.save_total_limit logging.steps",
+        "eval.max_new_tokens checkpoint.steps checkpoint.save_total_limit logging.steps parallel.diloco.sync_every "
+        "parallel.diloco.fragments",
     ),
     ("at least 2, a token and the one after it", lambda value: value >= 2, "data.max_seq_length"),
     (
         "at least 0",
         lambda value: value >= 0,
-        "optimizer.weight_decay scheduler.warmup_steps eval.num_samples",
+        "optimizer.weight_decay scheduler.warmup_steps eval.num_samples parallel.delay_compensation "
+        "parallel.diloco.overlap_steps",
     ),
     (
         "above 0",
         lambda value: value > 0,
         "lora.alpha lora.scale train.epochs train.max_grad_norm optimizer.learning_rate optimizer.eps "
-        "parallel.timeout_s",
+        "parallel.timeout_s parallel.diloco.outer_learning_rate",
     ),
     (
         "at least 0 and below 1",
         lambda value: 0 <= value < 1,
-        "lora.dropout data.val_fraction scheduler.warmup_ratio",
+        "lora.dropout data.val_fraction scheduler.warmup_ratio parallel.diloco.outer_momentum",
     ),
     ("from 0 to 1", lambda value: 0 <= value <= 1, "data.max_invalid_fraction scheduler.min_lr_ratio"),
     ("-1 (all layers) or at least 1", lambda value: value == -1 or value >= 1, "lora.num_layers"),
@@ -67,7 +69,8 @@ def check(config: Config) -> list[Problem]:
     # A number that is not finite breaks most ranges too: one message is enough.
     alone = list({problem.key: problem for problem in reversed(alone)}.values())
     bad = {problem.key for problem in alone}
-    together = [*_model(config), *_data(config.data), *_step(config), *_parallel(config.parallel), *_pairs(config)]
+    together = [*_model(config), *_data(config.data), *_step(config), *_parallel(config.parallel)]
+    together += [*_sync(config), *_pairs(config)]
     return alone + [problem for problem in together if bad.isdisjoint((problem.key, *problem.others))]
 
 
@@ -203,6 +206,30 @@ def _parallel(parallel: ParallelConfig) -> Iterator[Problem]:
     if parallel.port and not 1024 <= parallel.port <= 65535 - nproc:
         rule = f"must be 0 (free ports are taken) or from 1024 to {65535 - nproc}, since each worker takes one"
         yield Problem("parallel.port", f"{rule}; 0 is the default", ("parallel.nproc",))
+
+
+def _sync(config: Config) -> Iterator[Problem]:
+    parallel, diloco = config.parallel, config.parallel.diloco
+    if parallel.sync != "step":
+        sync = f"parallel.sync={parallel.sync}"
+        if parallel.backend == "native":
+            rule = f"{parallel.sync} needs parallel.backend=grpc, whose sums travel by themselves; use that, or step"
+            yield Problem("parallel.sync", rule, ("parallel.backend",))
+        if config.optimizer.shard:
+            rule = f"cannot stand beside {sync}, with which every worker needs all moments; use false, or step"
+            yield Problem("optimizer.shard", rule, ("parallel.sync",))
+    if parallel.delay_compensation and parallel.sync != "delayed":
+        rule = "only means something with parallel.sync=delayed; remove it, or set that"
+        yield Problem("parallel.delay_compensation", rule, ("parallel.sync",))
+    if parallel.sync == "diloco" and min(diloco.sync_every, diloco.fragments) >= 1:
+        every = ("parallel.diloco.sync_every",)
+        if diloco.fragments > diloco.sync_every:
+            rule = f"only one leaves after a step, and there are parallel.diloco.sync_every={diloco.sync_every}"
+            yield Problem("parallel.diloco.fragments", f"{rule}; use {diloco.sync_every} or fewer", every)
+        elif diloco.overlap_steps >= (between := diloco.sync_every // diloco.fragments):
+            rule = f"a sum must have come before the next fragment leaves, {between} steps later; use {between - 1}"
+            keys = ("parallel.diloco.fragments", *every)
+            yield Problem("parallel.diloco.overlap_steps", f"{rule}{' or fewer' if between > 1 else ''}", keys)
 
 
 def _pairs(config: Config) -> Iterator[Problem]:

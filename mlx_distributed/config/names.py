@@ -91,7 +91,7 @@ def _keys(section: object, prefix: str) -> Iterator[str]:
         yield prefix + field.name
         child = getattr(section, field.name)
         if is_dataclass(child):
-            yield from _keys(child, f"{field.name}.")
+            yield from _keys(child, f"{prefix}{field.name}.")
 
 
 def _ours() -> dict[str, str]:

@@ -15,7 +15,7 @@ from mlx_distributed.train.checkpoint import EVAL_LOSS, Checkpointer, Checkpoint
 from mlx_distributed.train.evaluation import evaluate_loss
 from mlx_distributed.train.private import collect, give
 from mlx_distributed.train.state import TrainState
-from mlx_distributed.train.trainer import StepInfo
+from mlx_distributed.train.step_info import StepInfo
 
 Hook = Callable[[TrainState, StepInfo], None]
 
@@ -28,6 +28,16 @@ def every(num_steps: int | None, hook: Hook) -> Hook:
             hook(state, info)
 
     return hook_when_due
+
+
+def current(hook: Hook) -> Hook:
+    """Run the hook, which looks at the state, only where the step is the last that the state has taken."""
+
+    def hook_when_current(state: TrainState, info: StepInfo) -> None:
+        if info.step == state.step:
+            hook(state, info)
+
+    return hook_when_current
 
 
 class Save:
@@ -74,6 +84,8 @@ class Save:
         their moments there would be nothing to go on with, so of a shard nothing is saved."""
         if self._comm.rank:
             return
+        if state.pending is not None and not state.pending.here:
+            state.pending = None  # It is lost with the peer, and computed again after a resume.
         if state.shard is None:
             self._save(state, LocalComm())
         elif self._saved[0] != state.step:
@@ -86,6 +98,8 @@ class Save:
     def _save(self, state: TrainState, comm: Communicator) -> None:
         if not state.step or self._saved == (state.step, state.metrics):
             return
+        if state.pending is not None:
+            _ = state.pending.sums  # All ranks wait together: who leaves early would leave the others without.
         aliases = ["latest", f"step-{state.step}", *(["best"] if self.is_best(state) else [])]
         if comm.rank == 0:
             of_ranks = collect(state, self._layout, comm)

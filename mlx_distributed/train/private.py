@@ -1,10 +1,12 @@
 """What only one rank has, on its way into a checkpoint and back: its part of the moments, where the optimizer is
-sharded, and what lossy wire formats have left out of its gradients.
+sharded, what lossy wire formats have left out of its gradients, and its own copy of what is trained (`copies`). And
+what all have, but only for now: sums that are not applied yet.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
@@ -17,39 +19,49 @@ from mlx_distributed.comm.compress import Feedback
 from mlx_distributed.errors import CheckpointError
 from mlx_distributed.parallel.adamw import MOMENTS, STEP
 from mlx_distributed.parallel.shard import Shard
+from mlx_distributed.train import copies
+from mlx_distributed.train.agreement import broadcast_bytes
 from mlx_distributed.train.checkpoint import Checkpoint
-from mlx_distributed.train.checkpoint.segments import FEEDBACK, segment_name
+from mlx_distributed.train.checkpoint.segments import COPY, FEEDBACK, PENDING, segment_name
+from mlx_distributed.train.outer import NUM_TOKENS
+from mlx_distributed.train.pending import Pending
 from mlx_distributed.train.state import TrainState
+from mlx_distributed.train.tally import PREFIX
 
 _TAG = 1
 _FEEDBACK = "what compression has left out"
 _MOMENTS = "the moments"
 _PRIVATE = "what only one worker has"
+_UNDER_WAY = "the sums that were under way"
+_SUMS, _THEN = f"{PENDING}sums/", f"{PENDING}computed-at/"
 
 
 def give(state: TrainState, layout: Sequence[BucketLayout], comm: Communicator) -> None:
     """Hand what only this rank has to rank 0, when that asks for it through `collect`."""
-    if _any_private(state, layout):
+    if _any_own(state, layout):
         comm.recv(0, _TAG, _PRIVATE)
-        for array in _private(state, layout).values():
+        for array in _own(state, layout).values():
             comm.send(array, 0, _TAG, _PRIVATE)
 
 
 def collect(state: TrainState, layout: Sequence[BucketLayout], comm: Communicator) -> list[Callable[[], Arrays]]:
     """On rank 0: what gets, from each rank, what only that has, named as in its file. To be called one after the other,
-    in rank order. Empty where all ranks have the same."""
+    in rank order. Empty where all ranks have the same and nothing is under way."""
 
     def receive(rank: int) -> Arrays:
         comm.send(mx.zeros(0), rank, _TAG, _PRIVATE)  # Who sends unasked would fill our memory.
         segments: dict[str, str] = {}
         if state.shard is not None:
             segments = _segments(Shard.of(layout, [owned[rank] for owned in comm.slices(layout)]))
-        names = [*segments, *_feedback_names(layout)]
+        copy = copies.named(state.inner) if state.inner is not None else {}
+        names = [*segments, *_feedback_names(layout), *copy]
         return {name: comm.recv(rank, _TAG, _PRIVATE) for name in names}
 
-    if not _any_private(state, layout):
-        return []
-    return [partial(_private, state, layout), *(partial(receive, rank) for rank in range(1, comm.size))]
+    first = _pending(state.pending) if state.pending is not None else {}
+    if _any_own(state, layout):
+        mine = lambda: first | _own(state, layout)  # noqa: E731  # made when it is asked for
+        return [mine, *(partial(receive, rank) for rank in range(1, comm.size))]
+    return [lambda: first] if first else []
 
 
 def hand_out(
@@ -70,20 +82,29 @@ def hand_out(
         _hand_out_moments(state, checkpoint, comm)
     if layout[0].lossy:
         _hand_out_feedback(state.feedback, layout, checkpoint.feedback() if checkpoint else [], comm)
+    if state.inner is not None:
+        copies.hand_out(state, checkpoint.of_ranks(COPY) if checkpoint else [], comm)
+    _hand_out_pending(state, checkpoint.of_ranks(PENDING) if checkpoint else [], comm)
 
 
-def _any_private(state: TrainState, layout: Sequence[BucketLayout]) -> bool:
-    return state.shard is not None or layout[0].lossy
+def _any_own(state: TrainState, layout: Sequence[BucketLayout]) -> bool:
+    return state.shard is not None or state.inner is not None or layout[0].lossy
 
 
-def _private(state: TrainState, layout: Sequence[BucketLayout]) -> Arrays:
+def _own(state: TrainState, layout: Sequence[BucketLayout]) -> Arrays:
     """What only this rank has, named as in its file."""
     arrays: Arrays = {}
     if state.shard is not None:
         arrays = {name: state.optimizer[moment] for name, moment in _segments(state.shard).items()}
     if layout[0].lossy:
         arrays |= zip(_feedback_names(layout), _owed(state.feedback, layout).values(), strict=True)
-    return arrays
+    return arrays | (copies.named(state.inner) if state.inner is not None else {})
+
+
+def _pending(pending: Pending) -> Arrays:
+    """What is under way, the same on every rank, named as in the file of rank 0."""
+    then = pending.computed_at or {}
+    return {_SUMS + name: array for name, array in pending.sums.items()} | {_THEN + n: a for n, a in then.items()}
 
 
 def _segments(shard: Shard) -> dict[str, str]:
@@ -142,9 +163,34 @@ def _hand_out_feedback(
         _add(feedback, layout, {name: comm.recv(0, _TAG, _FEEDBACK) for name in names})
 
 
+def _hand_out_pending(state: TrainState, saved: Sequence[Callable[[], Arrays]], comm: Communicator) -> None:
+    arrays = {name: array for load in saved for name, array in load().items()}
+    if comm.rank == 0:
+        _check_pending(arrays, state)
+    names = json.loads(broadcast_bytes(json.dumps(sorted(arrays)).encode(), comm, _UNDER_WAY))
+    arrays = {name: comm.broadcast(arrays.get(name), 0, f"{_UNDER_WAY}, {name}") for name in names}
+    if arrays:
+        sums, then = (
+            {name.removeprefix(kind): array for name, array in arrays.items() if name.startswith(kind)}
+            for kind in (_SUMS, _THEN)
+        )
+        state.pending = Pending(lambda: sums, Feedback(), then or None)
+
+
+def _check_pending(arrays: Arrays, state: TrainState) -> None:
+    """Beside gradients, or differences, there are a few counters of their own."""
+    parameters = state.parameters
+    for name, array in arrays.items():
+        _, _, parameter = name.removeprefix(PENDING).partition("/")
+        known = parameter in parameters and array.shape == parameters[parameter].shape
+        counter = parameter == NUM_TOKENS or parameter.startswith(PREFIX)
+        if not name.startswith((_SUMS, _THEN)) or not (known or counter):
+            raise CheckpointError(f"{_UNDER_WAY} do not fit the parameters: {name} is not one of them")
+
+
 def _owed(feedback: Feedback, layout: Sequence[BucketLayout]) -> Arrays:
     flat = (feedback.owed(index, bucket.size) for index, bucket in enumerate(layout))
-    return from_buckets(layout, [bucket.unpack(values) for bucket, values in zip(layout, flat, strict=True)])
+    return from_buckets(layout, [bucket.split(mx.array(values)) for bucket, values in zip(layout, flat, strict=True)])
 
 
 def _add(feedback: Feedback, layout: Sequence[BucketLayout], arrays: Arrays) -> None:

@@ -17,6 +17,7 @@ from mlx_distributed.errors import CheckpointError
 from mlx_distributed.models import trainable
 from mlx_distributed.parallel.adamw import STEP, DistributedAdamW, decaying
 from mlx_distributed.parallel.shard import Shard
+from mlx_distributed.train.pending import Pending
 
 
 def digest(arrays: Mapping[str, mx.array]) -> str:
@@ -53,6 +54,11 @@ class TrainState:
     """Of the last evaluation, if it was made at this very step; they go into the checkpoint."""
     shard: Shard | None = None
     """Which part of the moments this rank has; None: all of them, as every rank has."""
+    pending: Pending | None = None
+    """Sums that are under way and belong to a coming update."""
+    inner: Inner | None = None
+    """What this rank trains by itself; the parameters here are then those that all agree on, and the optimizer's state
+    is that of the outer one, `outer.init_momentum`."""
 
     @property
     def parameters(self) -> Arrays:
@@ -115,6 +121,16 @@ class TrainState:
         self.optimizer = self.optimizer | optimizer
         self.step, self.num_tokens, self.num_skipped = step, num_tokens, num_skipped
         mx.eval(self.parameters, self.optimizer)
+
+
+@dataclass
+class Inner:
+    """What a rank trains by itself between two exchanges (`parallel.sync: diloco`)."""
+
+    state: TrainState
+    """Of a twin of the model, with the counters of this rank's own updates."""
+    exchanged_at: list[int]
+    """By fragment, how many label tokens this rank had trained on when its part of the sum was last handed over."""
 
 
 def _kind(array: mx.array | None) -> str:

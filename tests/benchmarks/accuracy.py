@@ -1,10 +1,12 @@
-"""What a wire format costs in accuracy: the quick start with each of them, with error feedback and without.
+"""What it costs in accuracy to send less: the quick start with every wire format, and with workers that agree less often.
 
-Two ranks train the model of configs/quickstart.yaml, once per seed, and every format starts from the same weights.
-`loss` is the training loss averaged over the last steps, `held-out` that over the validation rows, both the mean over
-the seeds; `against fp32` compares the losses. Without feedback, what rounding leaves out is lost.
+Ranks train the model of configs/quickstart.yaml, once per seed, and everything starts from the same weights and sees as
+many tokens. `loss` is the training loss averaged over the last steps, `held-out` that over the validation rows, both the
+mean over the seeds; `against` compares with fp32 in every step, and so does `times fewer` for the bytes that a rank
+sends. `no feedback`: what rounding leaves out is lost.
 
-    uv run python tests/benchmarks/wires.py
+    uv run python tests/benchmarks/accuracy.py
+    uv run python tests/benchmarks/accuracy.py --only int8 diloco --seeds 5
 """
 
 from __future__ import annotations
@@ -19,9 +21,24 @@ if TYPE_CHECKING:
     from mlx_distributed.comm.base import Communicator
 
 QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
-NUM_RANKS = 2
 LAST_STEPS = 50
 """Of the training loss: a single step has too few tokens to compare."""
+
+EXACT = "fp32, every step"
+LOSSY = {wire: [f"parallel.wire={wire}"] for wire in ("bf16", "fp16", "int8", "int4")}
+DILOCO = ["parallel.sync=diloco", "parallel.wire=int8"]
+SIDES: dict[str, list[str]] = {
+    EXACT: [],
+    **LOSSY,
+    **{f"{wire}, no feedback": settings for wire, settings in LOSSY.items()},
+    "delayed": ["parallel.sync=delayed"],
+    "delayed, corrected by 10": ["parallel.sync=delayed", "parallel.delay_compensation=10"],
+    "diloco int8": DILOCO,
+    "diloco int8, 1 step late": [*DILOCO, "parallel.diloco.overlap_steps=1"],
+    "diloco int8, momentum 0.9": [*DILOCO, "parallel.diloco.outer_momentum=0.9"],
+    "diloco int8, 4 times as often": [*DILOCO, "parallel.diloco.sync_every=8"],
+}
+"""By name, what is set on the command line besides."""
 
 
 class Outcome(NamedTuple):
@@ -33,7 +50,7 @@ class Outcome(NamedTuple):
     """Per rank and step."""
 
 
-def train(comm: Communicator, wire: str, seed: int, with_feedback: bool) -> Outcome:
+def train(comm: Communicator, name: str, seed: int) -> Outcome:
     """One run of the quick start, as one rank of it. To be called through `run_group`."""
     import mlx.core as mx
 
@@ -41,13 +58,15 @@ def train(comm: Communicator, wire: str, seed: int, with_feedback: bool) -> Outc
     from mlx_distributed.config import load_config
     from mlx_distributed.parallel.mesh import Mesh
     from mlx_distributed.train.evaluation import evaluate_loss
-    from mlx_distributed.train.trainer import Trainer, init_state
+    from mlx_distributed.train.setup import init_state
+    from mlx_distributed.train.trainer import Trainer
 
     mx.disable_compile()  # as mlx-train does on the CPU
-    config = load_config(QUICKSTART, [f"parallel.wire={wire}", f"seed={seed}"])
+    settings = [*SIDES[name], f"parallel.nproc={comm.size}", f"seed={seed}", "checkpoint.steps=null"]
+    config = load_config(QUICKSTART, settings)
     loaded = load_all(config, comm)
     state = init_state(loaded.model, config, comm)
-    if not with_feedback:
+    if "no feedback" in name:
         state.feedback.commit = state.feedback.discard  # type: ignore[method-assign]
     steps = list(Trainer(config, loaded.plan, loaded.rows.train).steps(state, Mesh(dp=comm)))
     held_out = evaluate_loss(state.model, loaded.rows.validation, config.train.micro_batch_size, comm)
@@ -60,26 +79,32 @@ def train(comm: Communicator, wire: str, seed: int, with_feedback: bool) -> Outc
 
 def main() -> None:
     args = parser(__doc__)
-    args.add_argument("--seeds", type=int, default=3, help="runs of each format (default: 3)")
-    args.add_argument(
-        "--wires", nargs="+", default=["bf16", "fp16", "int8", "int4"], help="default: all that are lossy"
-    )
+    args.add_argument("--seeds", type=int, default=3, help="runs of each (default: 3)")
+    args.add_argument("--only", nargs="+", metavar="WORD", help="what is named so, beside fp32 in every step")
+    args.add_argument("--nproc", type=int, default=2, help="ranks (default: 2)")
     options = args.parse_args()
     with workplace(options.blas):
         print_machine()
-        table = Table("wire", "feedback", "loss", "against fp32", "held-out", "against fp32", "KB per step")
-        sides = [("fp32", True), *((wire, kept) for wire in options.wires for kept in (True, False))]
+        table = Table("what is sent", "loss", "against", "held-out", "least-most", "against", "KB/step", "times fewer")
         exact: Outcome | None = None
-        for wire, kept in sides:
-            runs = [run_group(train, NUM_RANKS, wire, seed, kept)[0] for seed in range(options.seeds)]
+        for name in SIDES:
+            if options.only and name != EXACT and not any(word in name for word in options.only):
+                continue
+            runs = [run_group(train, options.nproc, name, seed)[0] for seed in range(options.seeds)]
             mean = Outcome(*(statistics.mean(values) for values in zip(*runs, strict=True)))
             exact = exact or mean
-            feedback = "-" if wire == "fp32" else "kept" if kept else "lost"
-            changes = (f"{ours / theirs - 1:+.1%}" for ours, theirs in zip(mean, exact, strict=True))
-            train_change, held_out_change, _ = changes
-            losses = f"{mean.train_loss:.4f}", train_change, f"{mean.held_out_loss:.4f}", held_out_change
-            table.print(wire, feedback, *losses, f"{mean.sent_bytes / 1e3:.0f}")
-    print("\ngoal: int8 with feedback within 2 % of fp32")
+            held_out = sorted(run.held_out_loss for run in runs)
+            table.print(
+                name,
+                f"{mean.train_loss:.4f}",
+                f"{mean.train_loss / exact.train_loss - 1:+.1%}",
+                f"{mean.held_out_loss:.4f}",
+                f"{held_out[0]:.3f}-{held_out[-1]:.3f}",
+                f"{mean.held_out_loss / exact.held_out_loss - 1:+.1%}",
+                f"{mean.sent_bytes / 1e3:.1f}",
+                f"{exact.sent_bytes / mean.sent_bytes:.1f}",
+            )
+    print("\ngoals: int8 with feedback within 2 %; diloco within 5 % held-out, a hundred times fewer bytes")
 
 
 if __name__ == "__main__":

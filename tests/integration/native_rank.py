@@ -18,8 +18,9 @@ from mlx_distributed.data.tokenize import Row
 from mlx_distributed.errors import CommError
 from mlx_distributed.models import trainable
 from mlx_distributed.parallel.mesh import Mesh
+from mlx_distributed.train.setup import make_optimizer
 from mlx_distributed.train.state import TrainState
-from mlx_distributed.train.trainer import Trainer, make_optimizer
+from mlx_distributed.train.trainer import Trainer
 
 NUM_LEAVES = 5
 Arrays = dict[str, mx.array]

@@ -21,6 +21,7 @@ from mlx_distributed.comm.compress import CODECS
 
 PROGRAM = Path(sys.executable).with_name("mlx-distributed")
 KEYS = ["op", "backend", "wire", "num_ranks", "size_bytes", "median_s", "algbw_gb_per_s", "ratio_to_ring"]
+MORE_KEYS = ["ratio_to_gloo", "ratio_to_sockets", "cpu_s_per_gb"]
 
 
 def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -28,22 +29,32 @@ def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_ours_beside_others() -> None:
-    arguments = ["--sizes", "1KiB,5MiB", "--wire", "fp32,int8", "--against", "ring,gloo", "--rounds", "2", "--json"]
-    done = bench("allreduce", *arguments)
+    sizes, others = ["--sizes", "1KiB,5MiB", "--wire", "fp32,int8"], ["--against", "ring,gloo,sockets"]
+    done = bench("allreduce", *sizes, *others, "--rounds", "2", "--json")
     assert done.returncode == 0, done
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     has_torch = importlib.util.find_spec("torch") is not None
     assert ("note: gloo is left out: " in done.stderr) != has_torch
-    sides = [("grpc", "fp32"), ("grpc", "int8"), ("ring", "fp32"), *([("gloo", "fp32")] if has_torch else [])]
+    others = ["ring", *(["gloo"] if has_torch else []), "sockets"]
+    sides = [("grpc", "fp32"), ("grpc", "int8"), *((name, "fp32") for name in others)]
     assert [(row["size_bytes"], row["backend"], row["wire"]) for row in rows] == [
         (size_bytes, *side) for size_bytes in (1 << 10, 5 << 20) for side in sides
     ]
     for row in rows:
-        assert list(row) == KEYS
+        assert list(row) == KEYS + MORE_KEYS
         assert (row["op"], row["num_ranks"]) == ("allreduce", 2)
         assert row["algbw_gb_per_s"] == pytest.approx(row["size_bytes"] / row["median_s"] / 1e9)
         assert row["ratio_to_ring"] > 0
         assert row["backend"] != "ring" or row["ratio_to_ring"] == 1
+        assert row["backend"] != "sockets" or row["ratio_to_sockets"] == 1
+        assert (row["ratio_to_gloo"] is None) != has_torch
+        assert row["cpu_s_per_gb"] > 0
+
+
+def test_tls_beside_none() -> None:
+    done = bench("latency", "--sizes", "4B", "--against", "none", "--rounds", "2", "--nproc", "3", "--tls", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [json.loads(line)["backend"] for line in done.stdout.splitlines()] == ["grpc", "grpc-tls"]
 
 
 def test_links_as_table_and_picture(tmp_path: Path) -> None:

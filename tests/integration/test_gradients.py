@@ -23,8 +23,9 @@ from mlx_distributed.data.tokenize import Row
 from mlx_distributed.models import load, prepare
 from mlx_distributed.parallel.mesh import Mesh
 from mlx_distributed.testing import run_ranks
+from mlx_distributed.train.setup import make_optimizer
 from mlx_distributed.train.state import TrainState
-from mlx_distributed.train.trainer import Trainer, make_optimizer
+from mlx_distributed.train.trainer import Trainer
 
 BATCH = 14
 

@@ -18,7 +18,7 @@ from mlx_distributed.comm.buckets import Arrays
 from mlx_distributed.errors import CheckpointError
 from mlx_distributed.parallel.adamw import MOMENTS
 from mlx_distributed.train.checkpoint.manifest import FILES, CheckpointMeta, Manifest
-from mlx_distributed.train.checkpoint.segments import FEEDBACK, SEGMENT, merge
+from mlx_distributed.train.checkpoint.segments import COPY, FEEDBACK, PENDING, SEGMENT, merge
 
 MANIFEST = "manifest.json"
 EVAL_LOSS = "eval/loss"
@@ -93,18 +93,21 @@ class Checkpoint:
     def feedback(self) -> list[Callable[[], Arrays]]:
         """What loads, for each rank of the group that saved, what compression had left out, by the name of the
         parameter; empty where it left out nothing. See `load` for errors."""
+        return [lambda load=load: _without(FEEDBACK, load()) for load in self.of_ranks(FEEDBACK)]  # type: ignore[misc]
 
-        def load(rank: int) -> Arrays:
-            arrays = self._of_ranks(FEEDBACK)[rank]
-            return self._read({name.removeprefix(FEEDBACK): array for name, array in arrays.items()})
+    def of_ranks(self, prefix: str) -> list[Callable[[], Arrays]]:
+        """What loads, for each rank whose file has any, the arrays whose names begin so; see `load` for errors."""
+        found = self._of_ranks(prefix)
+        return [partial(self._load_of_rank, rank, prefix) for rank, arrays in enumerate(found) if arrays]
 
-        return [partial(load, rank) for rank, found in enumerate(self._of_ranks(FEEDBACK)) if found]
+    def _load_of_rank(self, rank: int, prefix: str) -> Arrays:
+        return self._read(self._of_ranks(prefix)[rank])
 
     def _of_ranks(self, prefix: str) -> list[Arrays]:
         """What the file of each rank has whose name begins so, not yet evaluated."""
         files = [self._open(name) for name in self.manifest.of_ranks]
         for name in chain.from_iterable(files):
-            if not name.startswith((FEEDBACK, SEGMENT)):
+            if not name.startswith((FEEDBACK, SEGMENT, COPY, PENDING)):
                 raise CheckpointError(f"{self.folder} is corrupted: no rank can have {name!r}")
         return [{name: array for name, array in arrays.items() if name.startswith(prefix)} for arrays in files]
 
@@ -128,6 +131,10 @@ class Checkpoint:
             if array.size != math.prod(array.shape):  # MLX lets the product overflow.
                 raise CheckpointError(f"{path} is corrupted: {array_name!r} cannot have the shape {array.shape}")
         return arrays
+
+
+def _without(prefix: str, arrays: Arrays) -> Arrays:
+    return {name.removeprefix(prefix): array for name, array in arrays.items()}
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

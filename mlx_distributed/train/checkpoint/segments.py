@@ -13,6 +13,10 @@ from mlx_distributed.comm.buckets import Arrays
 
 FEEDBACK = "feedback/"
 """Before the name of a parameter: what compression has left out of its gradient on this rank."""
+COPY = "copy/"
+"""Before the name of anything that belongs to a worker's own copy of what is trained."""
+PENDING = "pending/"
+"""Before the name of anything that was summed and not applied yet; in the file of rank 0 alone."""
 SEGMENT = "moments/"
 """Before the name of a moment and where in the flat array the segment begins, as in `moments/head.weight.m@16384`."""
 

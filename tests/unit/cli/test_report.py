@@ -8,7 +8,7 @@ import pytest
 from mlx_distributed.cli.report import LINE_CHARS, comparison, next_steps, sample_lines, step_metrics
 from mlx_distributed.config import Config, DataConfig, ModelConfig
 from mlx_distributed.train.evaluation import Sample
-from mlx_distributed.train.trainer import StepInfo
+from mlx_distributed.train.step_info import StepInfo
 
 FINAL = Path("/runs/a run/final")
 PROMPT = 'What\'s "1 + 1"?\nSay $it.'

@@ -10,8 +10,8 @@ from mlx_distributed.comm.base import Communicator, LocalComm
 from mlx_distributed.errors import CommError, DataError
 from mlx_distributed.testing import run_ranks
 from mlx_distributed.train.agreement import broadcast_bytes, check_same, synchronise
+from mlx_distributed.train.setup import make_optimizer
 from mlx_distributed.train.state import TrainState
-from mlx_distributed.train.trainer import make_optimizer
 
 SIZES = [1, 2, 3]
 

@@ -13,8 +13,9 @@ from mlx_distributed.train.checkpoint import Checkpointer, CheckpointMeta, locat
 from mlx_distributed.train.evaluation import evaluate_loss
 from mlx_distributed.train.hooks import Evaluate, Save, every
 from mlx_distributed.train.private import hand_out
+from mlx_distributed.train.setup import gradient_layout
 from mlx_distributed.train.state import TrainState
-from mlx_distributed.train.trainer import StepInfo, gradient_layout
+from mlx_distributed.train.step_info import StepInfo
 
 
 @pytest.mark.parametrize(

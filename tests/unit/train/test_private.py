@@ -19,8 +19,8 @@ from mlx_distributed.tracking import ConsoleTracker, Trackers
 from mlx_distributed.train.checkpoint import open_checkpoint
 from mlx_distributed.train.hooks import Save
 from mlx_distributed.train.private import collect, hand_out
+from mlx_distributed.train.setup import gradient_layout, init_state
 from mlx_distributed.train.state import TrainState, digest
-from mlx_distributed.train.trainer import gradient_layout, init_state
 
 SHARDED = replace(CONFIG, optimizer=replace(CONFIG.optimizer, shard=True))
 

@@ -22,9 +22,10 @@ from mlx_distributed.tracking import Trackers
 from mlx_distributed.train.checkpoint import Checkpointer, CheckpointMeta, open_checkpoint
 from mlx_distributed.train.hooks import Save
 from mlx_distributed.train.private import hand_out
+from mlx_distributed.train.setup import gradient_layout, init_state
 from mlx_distributed.train.sharded import gather_block_sums
 from mlx_distributed.train.state import TrainState, digest
-from mlx_distributed.train.trainer import StepInfo, gradient_layout, init_state
+from mlx_distributed.train.step_info import StepInfo
 
 WIDTH = 11_000
 SHARDED = replace(CONFIG, optimizer=replace(CONFIG.optimizer, shard=True))

@@ -13,8 +13,8 @@ from train_samples import CONFIG, TinyModel, make_state
 from mlx_distributed.comm.buckets import Arrays
 from mlx_distributed.errors import CheckpointError
 from mlx_distributed.parallel.adamw import decaying
+from mlx_distributed.train.setup import make_optimizer
 from mlx_distributed.train.state import TrainState, digest
-from mlx_distributed.train.trainer import make_optimizer
 
 
 def gradients_of(state: TrainState, value: float = 1.0) -> Arrays:

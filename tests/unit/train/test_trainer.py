@@ -19,8 +19,9 @@ from mlx_distributed.testing import run_ranks
 from mlx_distributed.train.evaluation import evaluate_loss
 from mlx_distributed.train.loss import summed_loss
 from mlx_distributed.train.schedule import learning_rate
+from mlx_distributed.train.setup import gradient_layout, make_optimizer
 from mlx_distributed.train.state import TrainState
-from mlx_distributed.train.trainer import StepInfo, gradient_layout, make_optimizer
+from mlx_distributed.train.step_info import StepInfo
 
 ALONE = Mesh(LocalComm())
 
@@ -50,7 +51,7 @@ def test_any_group_takes_the_steps_of_one_worker(share: tuple[float, ...], dropo
 def test_a_step_is_told_as_it_was() -> None:
     state, trainer = make_state(), make_trainer()
     for step in range(NUM_STEPS):
-        rows = [trainer.rows[row] for batch in trainer.plan.microbatches(step) for row in batch]
+        rows = [trainer.phases.rows[row] for batch in trainer.phases.plan.microbatches(step) for row in batch]
         num_tokens = int(sum(row.loss_mask.sum() for row in rows))
         loss = summed_loss(state.model, *map(mx.array, collate(rows))).item() / num_tokens
         before = state.num_tokens
@@ -91,9 +92,9 @@ def test_a_stop_wanted_by_one_rank_stops_all_after_the_same_step(size: int) -> N
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_a_loss_that_is_not_finite_is_skipped_and_named(size: int) -> None:
     states = [make_state() for _ in range(size)]
-    trainer = make_trainer()
+    plan = make_trainer().phases.plan
     bad: dict[int, int] = {}  # the micro-batch of the last row, by step
-    for step, (index, batch) in ((s, b) for s in range(NUM_STEPS) for b in enumerate(trainer.plan.microbatches(s))):
+    for step, (index, batch) in ((s, b) for s in range(NUM_STEPS) for b in enumerate(plan.microbatches(s))):
         if NUM_ROWS - 1 in batch:
             bad[step] = index
     assert len(bad) in (2, 3)
@@ -197,8 +198,7 @@ def test_dropout_differs_by_seed_step_and_microbatch() -> None:
     losses = set()
     for seed, step, index in itertools.product((0, 1), (0, 1), (0, 1, 2)):
         state = make_state(dropout=0.3)
-        state.step = step
-        loss, _ = make_trainer(replace(CONFIG, seed=seed))._gradients(state, tokens, loss_mask, index)
+        loss, _ = make_trainer(replace(CONFIG, seed=seed)).phases.gradients(state, tokens, loss_mask, step, index)
         losses.add(loss.item())
     assert len(losses) == 2 * 2 * 3
 

@@ -15,8 +15,9 @@ from mlx_distributed.config import Config, OptimizerConfig, SchedulerConfig, Tra
 from mlx_distributed.data.plan import Plan
 from mlx_distributed.data.tokenize import Row
 from mlx_distributed.testing import run_ranks
+from mlx_distributed.train.setup import make_optimizer
 from mlx_distributed.train.state import TrainState
-from mlx_distributed.train.trainer import Trainer, make_optimizer
+from mlx_distributed.train.trainer import Trainer
 
 T = TypeVar("T")
 

@@ -1,0 +1,249 @@
+"""What a step is made of: compute, communicate, commit. `trainer`, `delayed` and `diloco` put it together."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_distributed.comm.base import Communicator, Parts, add_buckets
+from mlx_distributed.comm.buckets import (
+    Arrays,
+    Bucket,
+    BucketLayout,
+    from_buckets,
+    make_layout,
+    to_buckets,
+)
+from mlx_distributed.comm.tree_sum import Node, TreeSum
+from mlx_distributed.config import Config
+from mlx_distributed.data.plan import Plan
+from mlx_distributed.data.tokenize import Row, collate
+from mlx_distributed.parallel.data import rank_weights, share
+from mlx_distributed.train import sharded
+from mlx_distributed.train.loss import block_sums, global_norm, summed_loss
+from mlx_distributed.train.schedule import learning_rate
+from mlx_distributed.train.setup import gradient_layout, make_optimizer
+from mlx_distributed.train.state import TrainState
+from mlx_distributed.train.tally import Tally
+
+
+@dataclass(frozen=True)
+class Work:
+    """Micro-batches whose gradients are summed: those of a step of the plan, or some that follow each other in it."""
+
+    step: int
+    """From 0."""
+    microbatches: Sequence[tuple[int, ...]]
+    """Rows of each."""
+    first: int = 0
+    """Number in the step of the first of them."""
+
+
+@dataclass
+class Reduced:
+    """The sums over all ranks and what follows from them. The same on every rank, but for segments of gradients."""
+
+    gradients: Arrays
+    """Whole, or as the segments of this rank; a commit empties it."""
+    tally: Tally
+    grad_norm: float
+    """Of the mean gradient, before clipping."""
+    scale: mx.array
+    """What a sum of gradients is multiplied by: divides by the label tokens, and clips."""
+    skipped: str | None
+    """Why the step cannot be taken."""
+
+
+@dataclass
+class Sums:
+    """What a rank holds of the sums of a step."""
+
+    layout: tuple[BucketLayout, ...]
+    """Of the gradients."""
+    tally_layout: tuple[BucketLayout, ...]
+    trees: list[TreeSum[Bucket]]
+    """By bucket of the gradients."""
+    tally: Tally
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """Of the summation tree, that are held."""
+        return tuple(self.trees[0].parts)
+
+
+class Phases:
+    """The phases of the steps of a run.
+
+    Args:
+        config: of the run.
+        plan: the micro-batches of every step.
+        rows: training rows that the plan points to.
+        stop_requested: asked once per step.
+    """
+
+    def __init__(
+        self, config: Config, plan: Plan, rows: Sequence[Row], stop_requested: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.config, self.plan, self.rows, self.stop_requested = config, plan, rows, stop_requested
+        self.optimizer = make_optimizer(config)
+
+    def work(self, step: int) -> Work:
+        """All that is computed in a step."""
+        return Work(step, self.plan.microbatches(step))
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, from 0."""
+        return learning_rate(self.config.scheduler, self.config.optimizer.learning_rate, step, self.plan.num_steps)
+
+    def looked_at(self, step: int) -> bool:
+        """Whether the state is saved or evaluated when so many steps have been taken. Nothing may be under way then."""
+        every = (self.config.checkpoint.steps, self.config.eval.steps)
+        return step == self.plan.num_steps or any(num and step % num == 0 for num in every)
+
+    def begin(self, state: TrainState, work: Work) -> Sums:
+        """The sums of a step, of which nothing is computed yet."""
+        layout, tally_layout = self._layouts(state, work)
+        num = len(work.microbatches)
+        tally = Tally.empty(num)
+        tally.stop = self.stop_requested()
+        return Sums(layout, tally_layout, [TreeSum(num, add_buckets) for _ in layout], tally)
+
+    def compute(self, state: TrainState, work: Work, comm: Communicator) -> Iterator[Parts]:
+        """This rank's share of a step, of which nothing is kept; see `add`."""
+        num = len(work.microbatches)
+        start, stop = share(num, rank_weights(self.config.parallel.share, comm.size))[comm.rank]
+        operation = "all_reduce" if state.shard is None else "reduce_scatter"
+        what = f"{operation} of the gradients of step {work.step + 1}"
+        leaves = range(start, stop)
+        return self.add(state, work, self.begin(state, work), leaves, lambda: comm.check(what), keep=False)
+
+    def add(
+        self,
+        state: TrainState,
+        work: Work,
+        sums: Sums,
+        leaves: Sequence[int],
+        check: Callable[[], None],
+        keep: bool,
+    ) -> Iterator[Parts]:
+        """Compute gradients and tally of some micro-batches and add them to what this rank holds.
+
+        The last micro-batch is evaluated bucket by bucket, from the last layer to the first, so that a bucket is on its
+        way while the layers below it are still being computed.
+
+        Args:
+            state: that gradients are of.
+            work: of the step.
+            sums: that they are added to.
+            leaves: numbers of the micro-batches in `work`.
+            check: called after each, to raise where it is not worth going on.
+            keep: what is held after it was yielded: who has taken parts needs them no longer than it keeps them.
+
+        Yields:
+            By bucket, those of the tally last: all partial sums that this rank holds then.
+        """
+        for i in leaves:
+            tokens, loss_mask = collate([self.rows[row] for row in work.microbatches[i]])
+            sums.tally.num_tokens[i] = loss_mask[:, 1:].sum()
+            index = work.first + i
+            loss, gradients = self.gradients(state, mx.array(tokens), mx.array(loss_mask), work.step, index)
+            last = i == leaves[-1]
+            for tree, bucket in zip(sums.trees, to_buckets(sums.layout, gradients), strict=True):
+                tree.put((i, i + 1), bucket)
+            del gradients, bucket
+            mx.eval(loss, [] if last else [tree.parts for tree in sums.trees])
+            sums.tally.losses[i] = loss.item()
+            check()
+        nodes = sums.nodes
+        for tree in sums.trees:
+            mx.eval(list(tree.parts.values()))
+            yield dict(tree.parts)
+            if not keep:
+                tree.parts.clear()
+        parts = {node: to_buckets(sums.tally_layout, sums.tally.part(node)) for node in nodes}
+        for index in range(len(sums.tally_layout)):
+            yield {node: buckets[index] for node, buckets in parts.items()}
+
+    def gradients(
+        self, state: TrainState, tokens: mx.array, loss_mask: mx.array, step: int, index: int
+    ) -> tuple[mx.array, Arrays]:
+        """Summed loss and its gradient for one micro-batch, not yet evaluated."""
+        # Dropout depends on the seed, the step and the micro-batch, not on who computes it or what came before.
+        key = hashlib.sha256(f"{self.config.seed}/{step}/{index}".encode()).digest()
+        mx.random.seed(int.from_bytes(key[:8], "little"))
+        parameters = state.model.trainable_parameters()
+
+        def loss_of(values: dict, tokens: mx.array, loss_mask: mx.array) -> mx.array:
+            state.model.update(values)
+            return summed_loss(state.model, tokens, loss_mask)
+
+        loss, gradients = mx.value_and_grad(loss_of)(parameters, tokens, loss_mask)
+        state.model.update(parameters)  # The transformation has left its tracers in the module.
+        return loss, dict(tree_flatten(gradients))
+
+    def reduce(self, state: TrainState, work: Work, parts: Iterator[Parts], comm: Communicator) -> Reduced:
+        """Add up what all ranks have computed. Raises CommError."""
+        layout, tally_layout = self._layouts(state, work)
+        what, num = f"the gradients of step {work.step + 1}", len(work.microbatches)
+        if state.shard is None:
+            buckets = comm.all_reduce(layout + tally_layout, num, parts, what, state.feedback)
+            return self.reduced(state, work, from_buckets(layout + tally_layout, buckets))
+        of_gradients = itertools.islice(parts, len(layout))
+        slices = comm.reduce_scatter(layout, num, of_gradients, what, state.feedback)
+        tally = comm.all_reduce(tally_layout, num, parts, f"the losses of step {work.step + 1}")
+        sums = sharded.gather_block_sums(layout, slices, f"the gradient norm of step {work.step + 1}", comm)
+        return self._reduced(work, state.shard.split(slices), Tally.pop(from_buckets(tally_layout, tally)), sums)
+
+    def start(self, state: TrainState, work: Work, parts: Iterator[Parts], comm: Communicator) -> Callable[[], Arrays]:
+        """Hand over what this rank has computed; what is returned waits for the sums, the tally among them."""
+        layout = sum(self._layouts(state, work), ())
+        what = f"the gradients of step {work.step + 1}"
+        wait = comm.start_all_reduce(layout, len(work.microbatches), parts, what, state.feedback)
+        return lambda: from_buckets(layout, wait())
+
+    def reduced(self, state: TrainState, work: Work, sums: Arrays) -> Reduced:
+        """What follows from whole sums, the tally among them."""
+        layout, _ = self._layouts(state, work)
+        tally = Tally.pop(sums)
+        return self._reduced(work, sums, tally, [block_sums(bucket) for bucket in to_buckets(layout, sums)])
+
+    def commit(self, state: TrainState, step: int, reduced: Reduced, comm: Communicator) -> None:
+        """Take a step of the plan, or skip it. Touches no other machine, but for a shard, which exchanges its
+        parameters before anything changes: a step that fails leaves the old state whole. Raises CommError."""
+        rate, num_tokens = self.rate(step), reduced.tally.total_tokens
+        if reduced.skipped:
+            state.skip()
+        elif state.shard is None:
+            state.commit(self.optimizer, reduced.gradients, reduced.scale, rate, num_tokens)
+        else:
+            layout = gradient_layout(state.parameters, self.config.parallel.wire)
+            sharded.commit(state, self.optimizer, layout, reduced.gradients, reduced.scale, rate, num_tokens, comm)
+
+    def _layouts(self, state: TrainState, work: Work) -> tuple[tuple[BucketLayout, ...], tuple[BucketLayout, ...]]:
+        """Buckets of the gradients and of the tally."""
+        layout = gradient_layout(state.parameters, self.config.parallel.wire)
+        return layout, make_layout(Tally.empty(len(work.microbatches)).part((0, 0)))
+
+    def _reduced(self, work: Work, gradients: Arrays, tally: Tally, sums: Sequence[mx.array]) -> Reduced:
+        norm = global_norm(sums) / tally.total_tokens
+        clip = mx.minimum(1.0, (self.config.train.max_grad_norm or math.inf) / (norm + 1e-6))
+        grad_norm = float(np.asarray(norm))
+        skipped = why_not_finite(work.step + 1, tally, grad_norm)
+        return Reduced(gradients, tally, grad_norm, clip / tally.total_tokens, skipped)
+
+
+def why_not_finite(step: int, tally: Tally, grad_norm: float) -> str | None:
+    """Why a step cannot be taken, naming the micro-batch where it is known."""
+    bad = tally.first_not_finite()
+    if bad is not None:
+        return f"step {step}: the loss of micro-batch {bad} is {tally.losses[bad]}"
+    if not math.isfinite(grad_norm):
+        return f"step {step}: the gradient norm is {grad_norm}, though every loss is finite"
+    return None
