@@ -1,4 +1,4 @@
-"""What it costs in accuracy to send less: the quick start with every wire format, and with workers that agree less often.
+"""What it costs in accuracy to send less: the quick start with every wire format, and with workers that agree less.
 
 Ranks train the model of configs/quickstart.yaml, once per seed, and everything starts from the same weights and sees as
 many tokens. `loss` is the training loss averaged over the last steps, `held-out` that over the validation rows, both the

@@ -7,11 +7,9 @@ It keeps a group of every transport that has had a turn: none of them uses the p
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,18 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from overlap import time_sides
 
+from mlx_distributed.cli.bench.gloo import gloo_side, import_torch, join_gloo
+from mlx_distributed.cli.bench.measure import values_of
+from mlx_distributed.cli.bench.sides import Side, grpc_side, join_ring, ring_side
 from mlx_distributed.cli.control import Control
 from mlx_distributed.cli.load import load_all
 from mlx_distributed.cli.run import choose_device
 from mlx_distributed.comm.base import Communicator
-from mlx_distributed.comm.buckets import BUCKET_BYTES, BucketLayout, make_layout, to_buckets
+from mlx_distributed.comm.buckets import BucketLayout, to_buckets
 from mlx_distributed.comm.group import join_group
 from mlx_distributed.comm.native import NativeComm
 from mlx_distributed.config import load_config
 from mlx_distributed.parallel.mesh import Mesh
+from mlx_distributed.train.setup import gradient_layout, make_optimizer
 from mlx_distributed.train.state import TrainState
-from mlx_distributed.train.trainer import Trainer, gradient_layout, make_optimizer
+from mlx_distributed.train.trainer import Trainer
 
 PORTS = {"grpc": 7000, "owned": 7001, "ring": 7002, "gloo": 7003}
 TIMEOUT_S = 300.0
@@ -43,13 +46,38 @@ class Rank:
 
     def __init__(self, rank: int, rates_mbit: Sequence[int]) -> None:
         self._rank, self._rates_mbit = rank, rates_mbit
-        self._comms: dict[str, Communicator] = {}
+        self._ours: dict[str, Communicator] = {}
+        self._others: dict[str, Any] = {}
 
     def comm(self, name: str) -> Communicator:
-        """`grpc` (equal slices), `owned` (slices by the rates of the links) or `ring`; all ranks ask in one order."""
-        if name not in self._comms:
-            self._comms[name] = self._ring() if name == "ring" else self._grpc(name)
-        return self._comms[name]
+        """`grpc` (equal slices) or `owned` (slices by the rates of the links); all ranks ask in one order."""
+        if name not in self._ours:
+            rank, addresses = self._rank, self._addresses(name)
+            bandwidths = self._rates_mbit if name == "owned" else None
+            self._ours[name] = join_group(
+                rank, len(addresses), "run", TIMEOUT_S, addresses[rank], lambda _: addresses, bandwidths
+            )
+        return self._ours[name]
+
+    def ring(self) -> NativeComm:
+        """Likewise."""
+        if "ring" not in self._others:
+            self._others["ring"] = join_ring(self._rank, self._addresses("ring"))
+        return self._others["ring"]
+
+    def gloo(self) -> Any:
+        """PyTorch, whose Gloo has been joined."""
+        if "gloo" not in self._others:
+            torch, _ = import_torch()
+            join_gloo(torch, self._rank, len(self._rates_mbit), self._addresses("gloo")[0])
+            self._others["gloo"] = torch
+        return self._others["gloo"]
+
+    def side(self, name: str, wire: str) -> Side:
+        """Ours in buckets as training has them, the others of one array, which is what they do best."""
+        if name == "gloo":
+            return gloo_side(self.gloo())
+        return ring_side(self.ring()) if name == "ring" else grpc_side(self.comm(name), wire)
 
     def measured(self, run: Run) -> tuple[float, int, Any]:
         """Seconds and sent bytes of what all ranks run at the same time, and what it gave."""
@@ -61,16 +89,9 @@ class Rank:
         return seconds, sent_bytes() - before_bytes, result
 
     def all_reduce(self, side: str, num_elements: int, wire: str) -> dict[str, float]:
-        """One allreduce: ours in buckets as training has them, the others of one array, which is what they do best."""
-        if side == "gloo":
-            run = self._gloo(num_elements)
-        else:
-            most = num_elements if side == "ring" else BUCKET_BYTES // 4
-            sizes = [min(most, num_elements - at) for at in range(0, num_elements, most)]
-            arrays = {str(index): mx.random.normal((size,)) for index, size in enumerate(sizes)}
-            mx.eval(arrays)
-            run = reduction(self.comm(side), make_layout(arrays, wire=wire), arrays)
-        seconds, num_bytes, _ = self.measured(run)
+        """One allreduce."""
+        reduce = self.side(side, wire).prepare(values_of(self._rank, num_elements))
+        seconds, num_bytes, _ = self.measured(reduce)
         return {"seconds": seconds, "sent_bytes": num_bytes}
 
     def train(self, config_file: str, wires: Sequence[str]) -> dict[str, list[dict[str, float]]]:
@@ -93,33 +114,17 @@ class Rank:
 
         steps: dict[str, list[dict[str, float]]] = {name: [] for name in (*wires, "ring")}
         for step, name in itertools.product(range(loaded.plan.num_steps), steps):
-            comm, wire = (self.comm("ring"), "fp32") if name == "ring" else (self.comm("grpc"), name)
+            comm, wire = (self.ring(), "fp32") if name == "ring" else (self.comm("grpc"), name)
             steps[name].append(step_of(comm, wire, step))
         return steps
 
+    def overlap(self, ratio: float, num_rounds: int) -> dict[str, list[float]]:
+        """See `overlap.py`."""
+        self.ring()
+        return time_sides(self.comm("grpc"), ratio, num_rounds)
+
     def _addresses(self, name: str) -> list[str]:
         return [f"10.0.0.{rank + 1}:{PORTS[name]}" for rank in range(len(self._rates_mbit))]
-
-    def _grpc(self, name: str) -> Communicator:
-        rank, addresses = self._rank, self._addresses(name)
-        bandwidths = self._rates_mbit if name == "owned" else None
-        return join_group(rank, len(addresses), "run", TIMEOUT_S, addresses[rank], lambda _: addresses, bandwidths)
-
-    def _ring(self) -> Communicator:
-        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-            json.dump([[address] for address in self._addresses("ring")], file)
-            file.flush()
-            os.environ.update(MLX_HOSTFILE=file.name, MLX_RANK=str(self._rank))
-            return NativeComm("ring")
-
-    def _gloo(self, num_elements: int) -> Run:
-        import torch.distributed
-
-        if not torch.distributed.is_initialized():
-            first, size = self._addresses("gloo")[0], len(self._rates_mbit)
-            torch.distributed.init_process_group("gloo", f"tcp://{first}", rank=self._rank, world_size=size)
-        tensor = torch.randn(num_elements)
-        return lambda: torch.distributed.all_reduce(tensor)
 
 
 def reduction(comm: Communicator, layout: Sequence[BucketLayout], arrays: dict[str, Any]) -> Run:

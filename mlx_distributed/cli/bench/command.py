@@ -1,4 +1,4 @@
-"""`mlx-distributed bench`: how fast the ranks exchange arrays, beside MLX's ring and PyTorch's Gloo."""
+"""`mlx-distributed bench`: how fast the ranks exchange arrays, beside MLX's ring, PyTorch's Gloo and bare sockets."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import secrets
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ GRACE_S = 5.0
 
 EXAMPLES = """\
 examples:
-  mlx-distributed bench allreduce --nproc 4 --against ring,gloo
+  mlx-distributed bench allreduce --nproc 4 --against ring,gloo,sockets
   mlx-distributed bench allreduce --sizes 1MiB,16MiB --wire fp32,bf16,int8 --json
   mlx-distributed bench latency
   mlx-distributed bench links --nproc 3 --picture links.svg
@@ -28,8 +29,9 @@ examples:
 EPILOG = f"""\
 {EXAMPLES}
 With --json there is one object per line: op, backend, wire, num_ranks, size_bytes, median_s, algbw_gb_per_s (10^9 bytes
-of float32 per second of median_s) and ratio_to_ring (time of MLX's ring / median_s; null without the ring). For links,
-op is "send 0->1" or "round trip 0->1".
+of float32 per second of median_s), ratio_to_ring, ratio_to_gloo and ratio_to_sockets (time of that / median_s; null
+without it) and cpu_s_per_gb (processor seconds of all ranks per 10^9 bytes that have to move, 2 (ranks - 1) times the
+size). For links, op is "send 0->1" or "round trip 0->1".
 
 exit status: 0 done; 1 a rank was lost or a sum was wrong; 2 an argument was refused; 130 interrupted
 """
@@ -79,12 +81,13 @@ def add_bench(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         parser.add_argument("--sizes", default=sizes, help=f"of the arrays, such as 64KiB (default: {sizes})")
         if op == "links":
             parser.add_argument("--picture", type=Path, metavar="FILE", help="also write the tables as an SVG file")
-            parser.set_defaults(wire="fp32", against="none")
+            parser.set_defaults(wire="fp32", against="none", tls=False)
         else:
             formats = "wire formats of ours: fp32, bf16, fp16, int8, int4 (default: fp32)"
             parser.add_argument("--wire", default="fp32", metavar="FORMATS", help=formats)
-            others = "what to compare with: ring, gloo or none (default: ring); gloo needs PyTorch"
+            others = "what to compare with: ring, gloo (needs PyTorch), sockets or none (default: ring)"
             parser.add_argument("--against", default="ring", metavar="BACKENDS", help=others)
+            parser.add_argument("--tls", action="store_true", help="also time ours over TLS")
             parser.set_defaults(picture=None)
         rounds = f"the median of so many is taken (default: {num_rounds})"
         parser.add_argument("--rounds", default=str(num_rounds), metavar="N", help=rounds)
@@ -98,7 +101,8 @@ def _bench(args: argparse.Namespace) -> int:
     from mlx_distributed.cli.bench.report import Report
     from mlx_distributed.comm.compress import CODECS
 
-    options = read_options(args.op, args.nproc, args.sizes, args.wire, args.against, args.rounds, tuple(CODECS))
+    words = (args.nproc, args.sizes, args.wire, args.against, args.rounds)
+    options = read_options(args.op, *words, args.tls, tuple(CODECS))
     if args.picture is not None:
         _check_picture(args.picture)
     report = Report(options, args.json, args.picture)
@@ -112,9 +116,17 @@ def _bench(args: argparse.Namespace) -> int:
 def _run_ranks(options: Options, hear: Callable[[Mapping[str, Any]], None], debug: bool) -> int:
     env, _ = worker_environment(os.environ, sys.platform)  # no hint: nothing here multiplies matrices
     secret = secrets.token_hex(16)
-    jobs = [{"rank": rank, "secret": secret, "options": asdict(options)} for rank in range(options.num_ranks)]
+    same = {"secret": secret, "options": asdict(options), "identity": _new_identity() if options.tls else None}
+    jobs = [{"rank": rank, **same} for rank in range(options.num_ranks)]
     program = "mlx_distributed.cli.bench.rank"
     return LocalGroup(jobs, [None] * options.num_ranks, env, debug, program, GRACE_S, hear).run()
+
+
+def _new_identity() -> dict[str, str]:
+    # It imports a library that a group without TLS need not wait for.
+    from mlx_distributed.comm.tls import Identity
+
+    return asdict(Identity.create(datetime.now(UTC)))
 
 
 def _check_picture(file: Path) -> None:

@@ -22,6 +22,10 @@ class Row:
     median_s: float
     ratio_to_ring: float | None
     """Time of MLX's ring / `median_s`; None where the ring was not run."""
+    ratio_to_gloo: float | None = None
+    ratio_to_sockets: float | None = None
+    cpu_s_per_gb: float | None = None
+    """Processor seconds of all ranks per 10^9 bytes of float32 that have to move: 2 (ranks - 1) times the size."""
 
     @property
     def algbw_gb_per_s(self) -> float:
@@ -38,6 +42,9 @@ class Row:
             "median_s": self.median_s,
             "algbw_gb_per_s": self.algbw_gb_per_s,
             "ratio_to_ring": self.ratio_to_ring,
+            "ratio_to_gloo": self.ratio_to_gloo,
+            "ratio_to_sockets": self.ratio_to_sockets,
+            "cpu_s_per_gb": self.cpu_s_per_gb,
         }
 
 
@@ -67,7 +74,12 @@ class Link:
 
 
 def reduction_rows(
-    op: str, num_ranks: int, size_bytes: int, sides: Sequence[tuple[str, str]], times_s: np.ndarray
+    op: str,
+    num_ranks: int,
+    size_bytes: int,
+    sides: Sequence[tuple[str, str]],
+    times_s: np.ndarray,
+    cpu_times_s: np.ndarray,
 ) -> list[Row]:
     """The rows of one size.
 
@@ -75,14 +87,29 @@ def reduction_rows(
         op: the sub-verb.
         sides: backend and wire of each.
         times_s: [ranks, sides, rounds] seconds. A round takes as long as its slowest rank.
+        cpu_times_s: likewise, of all threads of a rank.
     """
     medians_s = np.median(times_s.max(axis=0), axis=-1).tolist()
-    ring_s = next(
-        (median_s for (backend, _), median_s in zip(sides, medians_s, strict=True) if backend == "ring"), None
-    )
+    cpu_s = np.median(cpu_times_s.sum(axis=0), axis=-1).tolist()
+    others_s = {backend: median_s for (backend, _), median_s in zip(sides, medians_s, strict=True)}
+
+    def ratio(other: str, median_s: float) -> float | None:
+        return others_s[other] / median_s if other in others_s else None
+
     return [
-        Row(op, backend, wire, num_ranks, size_bytes, median_s, None if ring_s is None else ring_s / median_s)
-        for (backend, wire), median_s in zip(sides, medians_s, strict=True)
+        Row(
+            op,
+            backend,
+            wire,
+            num_ranks,
+            size_bytes,
+            median_s,
+            ratio("ring", median_s),
+            ratio("gloo", median_s),
+            ratio("sockets", median_s),
+            of_side_s * 1e9 / (2 * (num_ranks - 1) * size_bytes),
+        )
+        for (backend, wire), median_s, of_side_s in zip(sides, medians_s, cpu_s, strict=True)
     ]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_distributed.cli.bench.sides import HOST, Reduce, Side, order_tolerance
+from mlx_distributed.cli.bench.sides import Reduce, Side, order_tolerance
 from mlx_distributed.errors import CommError
 
 
@@ -27,18 +27,18 @@ def import_torch() -> tuple[Any, str]:
     return torch, ""
 
 
-def join_gloo(torch: Any, rank: int, size: int, port: str) -> None:
-    """Join a group of Gloo.
+def join_gloo(torch: Any, rank: int, size: int, address: str) -> None:
+    """Join a group of Gloo, over the loopback interface unless GLOO_SOCKET_IFNAME names another one.
 
     Args:
-        port: where rank 0 introduces the others to each other.
+        address: host:port where rank 0 introduces the others to each other.
 
     Raises:
         CommError: the group could not be made.
     """
     # Left to itself it listens at the address of the machine's name, if there is one.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    at, timeout = f"tcp://{HOST}:{port}", timedelta(seconds=60)
+    at, timeout = f"tcp://{address}", timedelta(seconds=60)
     join = torch.distributed.init_process_group
     _guard(lambda: join("gloo", init_method=at, rank=rank, world_size=size, timeout=timeout))
 
@@ -47,10 +47,10 @@ def gloo_side(torch: Any) -> Side:
     """PyTorch's Gloo, whose group this process has joined."""
 
     def prepare(values: np.ndarray) -> Reduce:
-        given, summed = torch.from_numpy(values), torch.empty(values.size)
+        # It sums in place: only the first sum is that of the values. The next ones, up to infinity, take as long.
+        summed = torch.from_numpy(values.copy())
 
         def reduce() -> Sequence[np.ndarray]:
-            summed.copy_(given)  # It sums in place; the others leave what they are given alone.
             _guard(lambda: torch.distributed.all_reduce(summed))
             return [summed.numpy()]
 

@@ -39,10 +39,9 @@ def measure_reductions(comm: Communicator, sides: Sequence[Side], options: Optio
             check_sum(side, np.concatenate(reduce()), expected, comm.rank)
         del expected
         num_repeats = max(1, min(MAX_REPEATS, TURN_BYTES // size_bytes))
-        times_s = _gather(comm, _time_turns(comm, reductions, options.num_rounds, num_repeats))
-        yield from reduction_rows(
-            options.op, comm.size, size_bytes, [(side.backend, side.wire) for side in sides], times_s
-        )
+        both_s = _gather(comm, _time_turns(comm, reductions, options.num_rounds, num_repeats))
+        names = [(side.backend, side.wire) for side in sides]
+        yield from reduction_rows(options.op, comm.size, size_bytes, names, both_s[:, 0], both_s[:, 1])
 
 
 def measure_links(comm: Communicator, options: Options) -> Iterator[Link]:
@@ -99,17 +98,20 @@ def check_sum(side: Side, found: np.ndarray, expected: np.ndarray, rank: int) ->
 
 
 def _time_turns(comm: Communicator, reductions: Sequence[Reduce], num_rounds: int, num_repeats: int) -> np.ndarray:
-    """Seconds of one sum on this rank: [sides, rounds]."""
-    times_s = np.zeros((len(reductions), num_rounds), np.float32)
+    """Seconds of one sum on this rank, and processor seconds of all its threads: [2, sides, rounds]."""
+    times_s = np.zeros((2, len(reductions), num_rounds), np.float32)
     for number in range(num_rounds):
         for turn in range(len(reductions)):
             index = (turn + number) % len(reductions)  # Nobody is always first.
             reduce = reductions[index]
             comm.barrier("the next turn")
-            start_s = time.perf_counter()
+            start_s, cpu_start_s = time.perf_counter(), time.process_time()
             for _ in range(num_repeats):
                 reduce()
-            times_s[index, number] = (time.perf_counter() - start_s) / num_repeats
+            times_s[0, index, number] = (time.perf_counter() - start_s) / num_repeats
+            # With what this rank still does for its peers, and with the barrier.
+            comm.barrier("the end of the turn")
+            times_s[1, index, number] = (time.process_time() - cpu_start_s) / num_repeats
     return times_s
 
 

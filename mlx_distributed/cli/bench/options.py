@@ -14,7 +14,7 @@ ELEMENT_BYTES = 4
 MAX_SIZE_BYTES = 1 << 30
 """Gradients travel in buckets of a few MiB, so that larger sums tell nothing new."""
 MAX_RANKS = 64
-BACKENDS = ("ring", "gloo")
+BACKENDS = ("ring", "gloo", "sockets")
 """What ours can be compared with."""
 
 _SIZE = re.compile(rf"(\d+) *({'|'.join(UNITS)})", re.IGNORECASE)
@@ -31,15 +31,18 @@ class Options:
     wires: tuple[str, ...]
     against: tuple[str, ...]
     num_rounds: int
+    tls: bool = False
+    """Ours over TLS too."""
 
 
 def read_options(
-    op: str, nproc: str, sizes: str, wire: str, against: str, rounds: str, wires: Collection[str]
+    op: str, nproc: str, sizes: str, wire: str, against: str, rounds: str, tls: bool, wires: Collection[str]
 ) -> Options:
     """The options of one benchmark from its arguments.
 
     Args:
         op: the sub-verb.
+        tls: a flag.
         wires: the formats that there are.
 
     Raises:
@@ -53,6 +56,7 @@ def read_options(
         tuple(dict.fromkeys(_chosen("wire", wire, wires))),
         tuple(dict.fromkeys(_chosen("against", against, BACKENDS))) if against != "none" else (),
         _whole_number("rounds", rounds, 1, 10_000, "medians need at least one round; use 10 or so"),
+        tls,
     )
 
 

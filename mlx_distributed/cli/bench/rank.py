@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from mlx_distributed.cli.worker import MAX_ERROR_CHARS
 
 if TYPE_CHECKING:
     from mlx_distributed.cli.bench.sides import Side
+    from mlx_distributed.cli.bench.sockets import SocketMesh
     from mlx_distributed.comm.grpc_comm import GrpcComm
 
 TIMEOUT_S = 60.0
@@ -45,6 +47,7 @@ def _work(control: Control) -> int:
         return 1
     # These import MLX, which takes a while, in which a signal must end this process already.
     from mlx_distributed.cli.bench.measure import measure_links, measure_reductions
+    from mlx_distributed.cli.bench.sockets import SocketMesh
     from mlx_distributed.comm.grpc_comm import GrpcComm
 
     rank, options = message["rank"], Options(**message["options"])
@@ -53,44 +56,66 @@ def _work(control: Control) -> int:
         if rank == 0:
             control.send(**said)
 
-    comm = GrpcComm(rank, options.num_ranks, message["secret"], timeout_s=TIMEOUT_S)
+    comms = [GrpcComm(rank, options.num_ranks, message["secret"], timeout_s=TIMEOUT_S)]
+    if message["identity"] is not None:
+        from mlx_distributed.comm.tls import Identity
+
+        identity = Identity(**message["identity"])
+        comms.append(GrpcComm(rank, options.num_ranks, message["secret"], timeout_s=TIMEOUT_S, identity=identity))
     try:
-        sides = _meet(comm, options, control, tell)
-        if options.op == "links":
-            for link in measure_links(comm, options):
-                tell(link=asdict(link))
-        else:
-            for row in measure_reductions(comm, sides, options):
-                tell(row=asdict(row))
+        with contextlib.closing(SocketMesh(rank, options.num_ranks)) as mesh:
+            sides = _meet(comms, mesh, options, control, tell)
+            if options.op == "links":
+                for link in measure_links(comms[0], options):
+                    tell(link=asdict(link))
+            else:
+                for row in measure_reductions(comms[0], sides, options):
+                    tell(row=asdict(row))
     except BaseException as error:
-        comm.close(error)
+        for comm in comms:
+            comm.close(error)
         raise
-    comm.close()
+    for comm in comms:
+        comm.close()
     return 0
 
 
-def _meet(comm: GrpcComm, options: Options, control: Control, tell: Callable[..., None]) -> list[Side]:
-    """Join the group of each backend; returns what is to be compared."""
+def _meet(
+    comms: Sequence[GrpcComm], mesh: SocketMesh, options: Options, control: Control, tell: Callable[..., None]
+) -> list[Side]:
+    """Join the group of each backend; returns what is to be compared.
+
+    Args:
+        comms: ours, and if there is a second one, the same over TLS.
+    """
     from mlx_distributed.cli.bench.gloo import gloo_side, import_torch, join_gloo
-    from mlx_distributed.cli.bench.sides import free_port, grpc_side, join_ring, ring_side
+    from mlx_distributed.cli.bench.sides import free_address, grpc_side, join_ring, ring_side
+    from mlx_distributed.cli.bench.sockets import sockets_side
 
     torch, reason = import_torch() if "gloo" in options.against else (None, "")
-    with free_port() as ring_port, free_port() as gloo_port:
-        own = f"{comm.address} {ring_port} {gloo_port if torch else NOT_INSTALLED}"
+    with free_address() as for_ring, free_address() as for_gloo:
+        others = [mesh.address, for_ring, for_gloo if torch else NOT_INSTALLED]
+        own = " ".join([*others, *(comm.address for comm in comms)])
         all_ranks = [line.split() for line in control.exchange(own)]
-    addresses, ring_ports, gloo_ports = zip(*all_ranks, strict=True)
+    of_meshes, of_rings, of_gloo, *of_comms = zip(*all_ranks, strict=True)
 
-    sides = [grpc_side(comm, wire) for wire in options.wires]
+    rank, size = comms[0].rank, comms[0].size
+    names = ("grpc", "grpc-tls")[: len(comms)]
+    sides = [grpc_side(comm, wire, name) for comm, name in zip(comms, names, strict=True) for wire in options.wires]
     # The others before `connect`: while MLX makes its ring, no other thread of this process runs.
     if "ring" in options.against:
-        sides.append(ring_side(join_ring(comm.rank, ring_ports)))
+        sides.append(ring_side(join_ring(rank, of_rings)))
     if "gloo" in options.against:
-        if NOT_INSTALLED in gloo_ports:
+        if NOT_INSTALLED in of_gloo:
             tell(note=f"gloo is left out: {reason or 'another rank has no PyTorch'}")
         else:
-            join_gloo(torch, comm.rank, comm.size, gloo_ports[0])
+            join_gloo(torch, rank, size, of_gloo[0])
             sides.append(gloo_side(torch))
-    comm.connect(addresses)
+    if "sockets" in options.against:
+        mesh.connect(of_meshes)
+        sides.append(sockets_side(mesh))
+    for comm, addresses in zip(comms, of_comms, strict=True):
+        comm.connect(addresses)
     return sides
 
 

@@ -39,10 +39,10 @@ class Side:
     """Takes this rank's values, flat float32, into the memory in which they are to be when the clock starts."""
 
 
-def grpc_side(comm: Communicator, wire: str) -> Side:
+def grpc_side(comm: Communicator, wire: str, backend: str = "grpc") -> Side:
     """Ours, as it takes gradients: in buckets."""
     length = BUCKET_BYTES // ELEMENT_BYTES
-    return Side("grpc", wire, comm.size * _ROUNDING[wire], lambda values: _over(comm, values, length, wire))
+    return Side(backend, wire, comm.size * _ROUNDING[wire], lambda values: _over(comm, values, length, wire))
 
 
 def ring_side(ring: NativeComm) -> Side:
@@ -51,24 +51,24 @@ def ring_side(ring: NativeComm) -> Side:
 
 
 @contextmanager
-def free_port() -> Iterator[int]:
-    """A port of this machine that nobody else gets within the `with`, and that nobody can connect to."""
+def free_address() -> Iterator[str]:
+    """An address of this machine that nobody else gets within the `with`, and that nobody can connect to."""
     with socket.socket() as sock:
         sock.bind((HOST, 0))
-        yield sock.getsockname()[1]
+        yield f"{HOST}:{sock.getsockname()[1]}"
 
 
-def join_ring(rank: int, ports: Sequence[str]) -> NativeComm:
+def join_ring(rank: int, addresses: Sequence[str]) -> NativeComm:
     """Join MLX's ring. Until all ranks have, no other thread of this process runs: MLX does not let them.
 
     Args:
-        ports: of all ranks.
+        addresses: of all ranks, as host:port.
 
     Raises:
         CommError: the ring could not be made.
     """
     with tempfile.NamedTemporaryFile("w", suffix=".json") as hosts:
-        json.dump([[f"{HOST}:{port}"] for port in ports], hosts)
+        json.dump([[address] for address in addresses], hosts)
         hosts.flush()
         os.environ.update(MLX_RANK=str(rank), MLX_HOSTFILE=hosts.name)
         return NativeComm("ring")

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from mlx_distributed.cli.bench.figures import Link, Row
 from mlx_distributed.cli.bench.options import format_size
 
-_COLUMNS = "{:>8}  {:<7}  {:<4}  {:>9}  {:>6}  {:>11}"
+_COLUMNS = "{:>8}  {:<8}  {:<4}  {:>9}  {:>6}  {:>8}  {:>11}  {:>11}  {:>14}"
 
 
 def machine() -> str:
@@ -27,14 +27,16 @@ def machine() -> str:
 
 def row_heading() -> str:
     """Above the lines of `row_line`."""
-    return _COLUMNS.format("size", "backend", "wire", "median", "GB/s", "ring / this")
+    names = ("size", "backend", "wire", "median", "GB/s", "CPU s/GB", "ring / this", "Gloo / this", "sockets / this")
+    return _COLUMNS.format(*names)
 
 
 def row_line(row: Row) -> str:
-    """One sum; the ratio is above 1 where it was faster than MLX's ring."""
-    ratio = "-" if row.ratio_to_ring is None else f"{row.ratio_to_ring:.2f}"
+    """One sum; a ratio is above 1 where it was faster than the other."""
     size, median, bandwidth = format_size(row.size_bytes), format_time(row.median_s), f"{row.algbw_gb_per_s:.3f}"
-    return _COLUMNS.format(size, row.backend, row.wire, median, bandwidth, ratio)
+    others = (row.cpu_s_per_gb, row.ratio_to_ring, row.ratio_to_gloo, row.ratio_to_sockets)
+    figures = ("-" if value is None else f"{value:.2f}" for value in others)
+    return _COLUMNS.format(size, row.backend, row.wire, median, bandwidth, *figures)
 
 
 def link_lines(links: Sequence[Link]) -> Iterator[str]:

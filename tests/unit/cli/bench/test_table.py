@@ -12,14 +12,14 @@ LINKS = [Link(0, 1, 2, 1 << 20, 1e-3, 5e-4), Link(1, 0, 2, 1 << 20, 2e-3, 2.0)]
 
 def test_columns_stand_below_their_names() -> None:
     rows = [
-        Row("allreduce", "grpc", "int8", 2, 64 << 20, 0.05, 1.25),
+        Row("allreduce", "grpc-tls", "int8", 2, 64 << 20, 0.05, 1.25, 0.75, 0.5, 1.125),
         Row("allreduce", "gloo", "fp32", 2, 4, 2e-4, None),
     ]
     lines = [row_heading(), *map(row_line, rows)]
     assert lines == [
-        "    size  backend  wire     median    GB/s  ring / this",
-        "  64 MiB  grpc     int8   50.00 ms   1.342         1.25",
-        "     4 B  gloo     fp32     200 us   0.000            -",
+        "    size  backend   wire     median    GB/s  CPU s/GB  ring / this  Gloo / this  sockets / this",
+        "  64 MiB  grpc-tls  int8   50.00 ms   1.342      1.12         1.25         0.75            0.50",
+        "     4 B  gloo      fp32     200 us   0.000         -            -            -               -",
     ]
 
 
