@@ -73,7 +73,8 @@ class Communicator(Protocol):
     ) -> Pending:
         """As `all_reduce`, but return as soon as this rank's parts are handed over, so that it can go on computing.
 
-        No other operation on buckets may begin before the sums have been waited for; messages may be sent meanwhile.
+        No other operation on buckets may begin before the sums have been waited for. Messages may be sent meanwhile;
+        a peer that has not begun this operation may come to read them only then.
         """
         ...
 

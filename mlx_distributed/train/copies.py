@@ -86,7 +86,7 @@ def _mean(copies: Sequence[Arrays], size: int) -> Arrays:
     has taken is lost. Weighted by the label tokens that each has trained on, as the sums of fragments are."""
     counters = np.stack([np.asarray(copy[_COUNTERS]) for copy in copies])
     num_tokens = counters[:, 1]
-    weights = num_tokens / max(int(num_tokens.sum()), 1)
+    weights = num_tokens / num_tokens.sum() if num_tokens.any() else np.full(len(copies), 1 / len(copies))
     mean = {}
     for name in copies[0]:
         values = [copy[name] for copy in copies]

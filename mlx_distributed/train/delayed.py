@@ -36,22 +36,23 @@ def steps(phases: Phases, state: TrainState, comm: Communicator) -> Iterator[Ste
             state.pending = _begin(phases, state, work, phases.compute(state, work, comm), comm)
         ahead = phases.work(state.step + 1) if state.step + 1 < num_steps else None
         parts = list(phases.compute(state, ahead, comm)) if ahead else []
-        computed_s, current = time.monotonic(), state.parameters
+        computed_s = time.monotonic()
+        current = state.parameters if strength else None  # A second copy of them, once they have moved on.
         sums, then = dict(state.pending.sums), state.pending.computed_at
         stop_counts = state.pending is not left_over
         comm_exposed_s = time.monotonic() - computed_s
         reduced = phases.reduced(state, work, sums)
         state.pending = None
-        if then is not None and not reduced.skipped and state.optimizer[STEP].item():
+        if current and then and not reduced.skipped and state.optimizer[STEP].item():
             reduced.gradients = compensated(
                 reduced.gradients, reduced.scale, current, then, state.optimizer, phases.optimizer, strength
             )
             reduced.scale = mx.array(1.0)
         phases.commit(state, work.step, reduced, comm)
         if ahead:
-            state.pending = _begin(phases, state, ahead, parts, comm, current if strength else None)
+            state.pending = _begin(phases, state, ahead, parts, comm, current)
             if (stop_counts and reduced.tally.stop) or phases.looked_at(state.step):
-                _ = state.pending.sums
+                state.pending.settle(state.feedback)
         del parts, current, then, sums
         yield StepInfo(
             step=state.step,
@@ -110,4 +111,5 @@ def _begin(
     comm: Communicator,
     computed_at: Arrays | None = None,
 ) -> Pending:
-    return Pending(phases.start(state, work, iter(parts), comm), state.feedback, computed_at)
+    accepts = lambda sums: phases.reduced(state, work, dict(sums)).skipped is None  # noqa: E731
+    return Pending(phases.start(state, work, iter(parts), comm), computed_at, accepts)

@@ -155,6 +155,9 @@ class _Worker:
             for peer in range(self._comm.size):
                 if peer != self._comm.rank:
                     self._add(heard, self._comm.recv(peer, _TAG, _losses(heard.step)), peer)
+        if not heard.tally.total_tokens:
+            others = [peer for peer in range(self._comm.size) if peer != self._comm.rank]
+            raise self._refused(heard, others[0], "has no label token of the step, and nobody else has one")
         skipped = why_not_finite(heard.step + 1, heard.tally, heard.grad_norm)
         self._state.num_skipped = self._state.num_skipped + 1 if skipped else 0
         self._state.num_tokens += 0 if skipped else heard.tally.total_tokens
@@ -186,7 +189,7 @@ class _Worker:
             if not overlap or at_end:
                 self._apply(*rule, mix=0.0)
         if at_end:
-            # What was learned since is kept as it is: another push by the momentum would be one for no time at all.
+            # What was learned since is averaged as it is: a push by the momentum would be one for no time at all.
             for fragment in range(len(self._fragments)):
                 self._hand_over(fragment)
                 self._apply(1.0, None, mix=0.0)
@@ -195,7 +198,7 @@ class _Worker:
         """Wait for the sum that is under way; it is applied when it is due, as if nobody had waited."""
         if self._state.pending is not None:
             with self._waiting():
-                _ = self._state.pending.sums
+                self._state.pending.settle(self._state.feedback)
 
     def _hand_over(self, fragment: int) -> None:
         state, inner, comm = self._state, self._inner, self._comm
@@ -208,7 +211,7 @@ class _Worker:
         buckets = ({(comm.rank, comm.rank + 1): bucket} for bucket in to_buckets(layout, parts))
         what = f"fragment {fragment} after step {state.step}"
         wait = comm.start_all_reduce(layout, comm.size, buckets, what, state.feedback.part(first))
-        state.pending = Pending(lambda: from_buckets(layout, wait()), state.feedback)
+        state.pending = Pending(lambda: from_buckets(layout, wait()))
         inner.exchanged_at[fragment] = own.num_tokens
 
     def _apply(self, learning_rate: float, momentum: float | None, mix: float) -> None:
@@ -221,9 +224,8 @@ class _Worker:
         """
         state, own = self._state, self._inner.state
         assert state.pending is not None
-        with self._waiting():
-            sums = state.pending.sums
-        state.pending = None
+        self.settle()
+        sums, state.pending = state.pending.sums, None
         if finite(sums) and sums[NUM_TOKENS].item():
             moved, kept = nesterov(state.parameters, state.optimizer, sums, learning_rate, momentum or 0.0)
             if momentum is None:
@@ -238,15 +240,19 @@ class _Worker:
         own.model.update(tree_unflatten(list(brought.items())))
 
     def _add(self, heard: _Heard, packed: mx.array, peer: int) -> None:
-        values, num = np.asarray(packed), len(heard.tally.losses)
-        due = values.shape == (2 * num + 2,) and values.dtype == np.float32
+        num = len(heard.tally.losses)
+        due = packed.shape == (2 * num + 2,) and packed.dtype == mx.float32
+        values = np.asarray(packed) if due else np.empty(0)
         if not due or not np.all((values[num : 2 * num] >= 0) & (values[num : 2 * num] < 1 << 24)):
-            reason = f"sent {values.dtype}{values.shape} where {num} losses and counts were due"
-            raise CommError(f"recv of {_losses(heard.step)}", peer, self._comm.generation, 0.0, reason)
+            reason = f"sent {packed.dtype}{tuple(packed.shape)} where {num} losses and counts were due"
+            raise self._refused(heard, peer, reason)
         heard.tally.losses += values[:num]
         heard.tally.num_tokens += values[num : 2 * num].astype(np.int64)
         heard.tally.stop |= bool(values[-2])
         heard.grad_norm = float(np.maximum(heard.grad_norm, values[-1]))
+
+    def _refused(self, heard: _Heard, peer: int, reason: str) -> CommError:
+        return CommError(f"recv of {_losses(heard.step)}", peer, self._comm.generation, 0.0, reason)
 
     def _moment(self) -> _Moment:
         traffic = self._comm.traffic

@@ -99,7 +99,7 @@ class Save:
         if not state.step or self._saved == (state.step, state.metrics):
             return
         if state.pending is not None:
-            _ = state.pending.sums  # All ranks wait together: who leaves early would leave the others without.
+            state.pending.settle(state.feedback)  # On all ranks: who leaves early would leave the others without.
         aliases = ["latest", f"step-{state.step}", *(["best"] if self.is_best(state) else [])]
         if comm.rank == 0:
             of_ranks = collect(state, self._layout, comm)

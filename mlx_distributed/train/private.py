@@ -174,17 +174,27 @@ def _hand_out_pending(state: TrainState, saved: Sequence[Callable[[], Arrays]], 
             {name.removeprefix(kind): array for name, array in arrays.items() if name.startswith(kind)}
             for kind in (_SUMS, _THEN)
         )
-        state.pending = Pending(lambda: sums, Feedback(), then or None)
+        state.pending = Pending(lambda: sums, then or None)
 
 
 def _check_pending(arrays: Arrays, state: TrainState) -> None:
-    """Beside gradients, or differences, there are a few counters of their own."""
-    parameters = state.parameters
-    for name, array in arrays.items():
-        _, _, parameter = name.removeprefix(PENDING).partition("/")
-        known = parameter in parameters and array.shape == parameters[parameter].shape
-        counter = parameter == NUM_TOKENS or parameter.startswith(PREFIX)
-        if not name.startswith((_SUMS, _THEN)) or not (known or counter):
+    """Either gradients of all that is trained and their tally, or differences of some of it and their tokens."""
+    parameters = {name: (mx.float32, tuple(array.shape)) for name, array in state.parameters.items()}
+    found = {name: (array.dtype, tuple(array.shape)) for name, array in arrays.items()}
+    if not found:
+        return
+    if state.inner is not None:
+        known = {name: kind for name, kind in parameters.items() if _SUMS + name in found}
+        sums = known | {NUM_TOKENS: (mx.int64, (1,))}
+    else:
+        per_microbatch = (arrays[_SUMS + PREFIX + "loss"].size,) if _SUMS + PREFIX + "loss" in arrays else ()
+        sums = parameters | {PREFIX + "loss": (mx.float32, per_microbatch), PREFIX + "stop": (mx.int64, (1,))}
+        sums[PREFIX + "num_tokens"] = (mx.int64, per_microbatch)
+    expected = {_SUMS + name: kind for name, kind in sums.items()}
+    if any(name.startswith(_THEN) for name in found):
+        expected |= {_THEN + name: kind for name, kind in parameters.items()}
+    for name in [*sorted(found), *sorted(expected)]:
+        if found.get(name) != expected.get(name):
             raise CheckpointError(f"{_UNDER_WAY} do not fit the parameters: {name} is not one of them")
 
 

@@ -1,8 +1,8 @@
 """What it costs in accuracy to send less: the quick start with every wire format, and with workers that agree less.
 
-Ranks train the model of configs/quickstart.yaml, once per seed, and everything starts from the same weights and sees as
-many tokens. `loss` is the training loss averaged over the last steps, `held-out` that over the validation rows, both the
-mean over the seeds; `against` compares with fp32 in every step, and so does `times fewer` for the bytes that a rank
+Ranks train the model of configs/quickstart.yaml, once per seed, and everything starts from the same weights and sees
+as many tokens. `loss` is the training loss averaged over the last steps, `held-out` that over the validation rows, both
+the mean over the seeds; `against` compares with fp32 in every step, and so does `times fewer` for the bytes that a rank
 sends. `no feedback`: what rounding leaves out is lost.
 
     uv run python tests/benchmarks/accuracy.py

@@ -31,7 +31,7 @@ from mlx_distributed.comm.group import join_group
 from mlx_distributed.comm.native import NativeComm
 from mlx_distributed.config import load_config
 from mlx_distributed.parallel.mesh import Mesh
-from mlx_distributed.train.setup import gradient_layout, make_optimizer
+from mlx_distributed.train.setup import gradient_layout, init_state, make_optimizer
 from mlx_distributed.train.state import TrainState
 from mlx_distributed.train.trainer import Trainer
 
@@ -117,6 +117,17 @@ class Rank:
             comm, wire = (self.ring(), "fp32") if name == "ring" else (self.comm("grpc"), name)
             steps[name].append(step_of(comm, wire, step))
         return steps
+
+    def run(self, config_file: str, settings: Sequence[str]) -> dict[str, float]:
+        """A whole run, and how fast it was."""
+        mx.disable_compile()  # as mlx-train does on the CPU
+        config, comm = load_config(Path(config_file), settings), self.comm("grpc")
+        loaded = load_all(config, comm)
+        state = init_state(loaded.model, config, comm)
+        trainer = Trainer(config, loaded.plan, loaded.rows.train)
+        seconds, num_bytes, infos = self.measured(lambda: list(trainer.steps(state, Mesh(dp=comm))))
+        num_tokens = sum(info.num_tokens for info in infos)
+        return {"tokens_per_s": num_tokens / seconds, "bytes_per_step": num_bytes / len(infos)}
 
     def overlap(self, ratio: float, num_rounds: int) -> dict[str, list[float]]:
         """See `overlap.py`."""

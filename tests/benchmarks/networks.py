@@ -50,6 +50,16 @@ NUM_STEPS, WARMUP_STEPS = 4, 1
 
 OVERLAP_MBIT, OVERLAP_ROUNDS = 1000, 5
 
+LOOSE_MBIT, LOOSE_ROUNDS = 100, 2
+LOOSE = {
+    "step, fp32": ["train.max_steps=8"],
+    "step, int8": ["train.max_steps=8", "parallel.wire=int8"],
+    "delayed, int8": ["train.max_steps=8", "parallel.sync=delayed", "parallel.wire=int8"],
+    "diloco, int8": ["train.max_steps=64", "parallel.sync=diloco", "parallel.wire=int8"],
+}
+"""What is set in each run; 64 steps are two exchanges, and the one at the end."""
+QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
+
 QUEUE_MS = 20
 ROUNDS_S, MIN_ROUNDS, MAX_ROUNDS = 15.0, 2, 9
 """How long all rounds of an allreduce are to take, and how many there are at least and at most."""
@@ -254,6 +264,32 @@ def train(folder: Path, wires: Sequence[str]) -> None:
             table.print(rate_mbit, name, *seconds, share, f"{figures['sent_bytes'] / 1e6:.1f}", line)
 
 
+def loose(folder: Path) -> None:
+    """Whole runs on two ranks, a core each, that agree in every step, one step late, or now and then."""
+    data = write_rows(folder / "rows.json", num_rows=512, num_words=(NUM_TOKENS, NUM_TOKENS))
+    config = {
+        "model": {"path": str(fresh(build_model, folder / "model", data, "10M"))},
+        "method": "full",
+        "data": {"train": str(data), "max_seq_length": NUM_TOKENS, "overlong": "truncate"},
+        "train": {"global_batch_size": 4, "micro_batch_size": 2},
+        "parallel": {"nproc": 2},
+    }
+    files = {"quick start": QUICKSTART, "10 M parameters": write_config(folder / "loose", config)}
+    table = Table("link, Mbit/s", "what", "sync", "tokens/s", "against fp32", "KB per step", "times fewer")
+    for what, file in files.items():
+        rounds: dict[str, list[Figures]] = {name: [] for name in LOOSE}
+        for _ in range(LOOSE_ROUNDS):
+            for name, settings in LOOSE.items():
+                with ranks_over([LOOSE_MBIT] * 2, pinned=True) as ranks:
+                    answers = ranks.ask(what="run", config_file=str(file), settings=settings)
+                rounds[name].append({key: min(answer[key] for answer in answers) for key in answers[0]})
+        first, *_ = figures = {name: medians(found) for name, found in rounds.items()}
+        for name, median in figures.items():
+            faster, fewer = (median[key] / figures[first][key] for key in ("tokens_per_s", "bytes_per_step"))
+            sent = f"{median['bytes_per_step'] / 1e3:.1f}", f"{1 / fewer:.1f}"
+            table.print(LOOSE_MBIT, what, name, f"{median['tokens_per_s']:.0f}", f"{faster:.2f}", *sent)
+
+
 def overlap() -> None:
     """Steps whose gradients are computed as they are sent."""
     rows = Rows("link, Mbit/s")
@@ -272,7 +308,7 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     args = parser(__doc__)
-    modes, rates = ("equal", "unequal", "train", "overlap"), sorted({rate for rate, _ in LINKS})
+    modes, rates = ("equal", "unequal", "train", "loose", "overlap"), sorted({rate for rate, _ in LINKS})
     args.add_argument("--modes", nargs="+", choices=modes, default=modes, help="default: all")
     args.add_argument("--wires", nargs="+", choices=CODECS, default=list(CODECS), help="default: all")
     args.add_argument("--links", nargs="+", type=int, choices=rates, default=rates, help="Mbit/s (default: all)")
@@ -293,6 +329,9 @@ def main() -> None:
         if "train" in options.modes:
             train(folder, options.wires)
             print("goal at 1000 Mbit/s: 25 % exposed\n")
+        if "loose" in options.modes:
+            loose(folder)
+            print("goals, diloco: 5 times the tokens/s of step in fp32, 100 times fewer bytes\n")
         if "overlap" in options.modes:
             overlap()
 

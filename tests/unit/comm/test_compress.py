@@ -106,3 +106,34 @@ def test_feedback_takes_effect_with_the_commit_only() -> None:
     before, after = feedback.begin(0, 3)
     assert before is not None
     assert before.tolist() == after.tolist() == [2, 2, 2]
+
+
+def test_a_part_of_the_feedback_counts_its_buckets_from_zero() -> None:
+    feedback = Feedback()
+    first, second = feedback.part(0), feedback.part(2)
+    for part, values in ((first, (1, 2)), (second, (3, 4, 5))):
+        for index, value in enumerate(values):
+            before, after = part.begin(index, 2)
+            assert before is None
+            after[:] = value
+    assert [feedback.owed(index, 2).tolist() for index in range(5)] == [[0, 0]] * 5
+    feedback.commit()
+    assert [feedback.owed(index, 2).tolist() for index in range(5)] == [[n, n] for n in (1, 2, 3, 4, 5)]
+    assert [second.owed(index, 2).tolist() for index in range(3)] == [[n, n] for n in (3, 4, 5)]
+    assert second.part(1).owed(0, 2).tolist() == [4, 4]
+
+
+def test_what_a_part_has_noted_is_discarded_with_the_rest() -> None:
+    feedback = Feedback()
+    feedback.part(1).begin(0, 1)[1][:] = 7
+    feedback.commit()
+    before, after = feedback.part(1).begin(0, 1)
+    assert before is not None
+    assert before.tolist() == after.tolist() == [7]
+    after[:] = 8
+    feedback.discard()
+    feedback.commit()
+    assert feedback.owed(1, 1).tolist() == [7]
+    feedback.part(1).begin(0, 1)[1][:] = 9
+    feedback.part(1).commit()
+    assert feedback.owed(1, 1).tolist() == [9]

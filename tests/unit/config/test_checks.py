@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mlx_distributed.config import Config, LoraConfig, ModelConfig, SourceConfig, TrainConfig
 from mlx_distributed.config.checks import check, listed
+from mlx_distributed.config.schema import DilocoConfig
 
 SCRATCH = {"model_type": "qwen3", "vocab_size": 512}
 GOOD = replace(
@@ -26,6 +27,11 @@ def changed(config: Config, **changes: Any) -> Config:
         section, _, name = key.partition("__")
         config = replace(config, **{section: replace(getattr(config, section), **{name: value}) if name else value})
     return config
+
+
+def diloco(**changes: Any) -> dict[str, Any]:
+    """Changes by which workers train by themselves, with these settings."""
+    return {"parallel__sync": "diloco", "parallel__diloco": DilocoConfig(**changes)}
 
 
 @pytest.mark.parametrize(
@@ -126,6 +132,56 @@ def changed(config: Config, **changes: Any) -> Config:
             "optimizer.shard",
             "needs parallel.backend=grpc: a native group only sums whole arrays; use that backend, or false",
         ),
+        (
+            {"parallel__sync": "delayed", "parallel__backend": "native"},
+            "parallel.sync",
+            "delayed needs parallel.backend=grpc, whose sums travel by themselves; use that, or step",
+        ),
+        ({"parallel__sync": "diloco", "parallel__backend": "native"}, "parallel.sync", "diloco needs parallel.backend"),
+        (
+            {"parallel__sync": "delayed", "optimizer__shard": True},
+            "optimizer.shard",
+            "cannot stand beside parallel.sync=delayed, with which every worker needs all moments; use false, or step",
+        ),
+        ({"parallel__sync": "diloco", "optimizer__shard": True}, "optimizer.shard", "beside parallel.sync=diloco"),
+        (
+            {"parallel__delay_compensation": 0.5},
+            "parallel.delay_compensation",
+            "only means something with parallel.sync=delayed; remove it, or set that",
+        ),
+        (
+            {"parallel__delay_compensation": 0.5, "parallel__sync": "diloco"},
+            "parallel.delay_compensation",
+            "only means something with parallel.sync=delayed",
+        ),
+        (
+            {"parallel__delay_compensation": -0.5, "parallel__sync": "delayed"},
+            "parallel.delay_compensation",
+            "at least 0; the default is 0.0",
+        ),
+        ({"parallel__delay_compensation": float("nan")}, "parallel.delay_compensation", "finite"),
+        (
+            diloco(sync_every=3, fragments=4, overlap_steps=0),
+            "parallel.diloco.fragments",
+            "only one leaves after a step, and there are parallel.diloco.sync_every=3; use 3 or fewer",
+        ),
+        (
+            diloco(sync_every=32, fragments=4, overlap_steps=8),
+            "parallel.diloco.overlap_steps",
+            "a sum must have come before the next fragment leaves, 8 steps later; use 7 or fewer",
+        ),
+        (
+            diloco(sync_every=7, fragments=4, overlap_steps=1),
+            "parallel.diloco.overlap_steps",
+            "must have come before the next fragment leaves, 1 steps later; use 0",
+        ),
+        (diloco(sync_every=0), "parallel.diloco.sync_every", "at least 1; the default is"),
+        (diloco(fragments=0), "parallel.diloco.fragments", "at least 1; the default is"),
+        (diloco(overlap_steps=-1), "parallel.diloco.overlap_steps", "at least 0; the default is"),
+        (diloco(outer_learning_rate=0.0), "parallel.diloco.outer_learning_rate", "above 0; the default is"),
+        (diloco(outer_learning_rate=float("inf")), "parallel.diloco.outer_learning_rate", "finite"),
+        (diloco(outer_momentum=1.0), "parallel.diloco.outer_momentum", "at least 0 and below 1; the default is"),
+        (diloco(outer_momentum=-0.1), "parallel.diloco.outer_momentum", "at least 0 and below 1"),
         ({"parallel__timeout_s": 0.0}, "parallel.timeout_s", "above 0; the default is 300.0"),
         ({"parallel__port": 80}, "parallel.port", "0 (free ports are taken) or from 1024 to 65534"),
         ({"parallel__port": 65534, "parallel__nproc": 2}, "parallel.port", "to 65533"),
@@ -161,6 +217,14 @@ def test_broken_rule(changes: dict[str, Any], key: str, words: str) -> None:
         {"parallel__nproc": 2, "parallel__share": (1.0, 3.0), "parallel__port": 65533},
         {"parallel__backend": "native", "parallel__port": 1024},
         {"parallel__nproc": 2, "optimizer__shard": True, "parallel__wire": "int8"},
+        {"parallel__sync": "delayed", "parallel__wire": "int8"},
+        {"parallel__sync": "delayed", "parallel__delay_compensation": 0.5, "parallel__nproc": 2},
+        {"parallel__nproc": 2, "parallel__share": (1.0, 3.0), "parallel__wire": "int4"} | diloco(),
+        diloco(sync_every=32, fragments=4, overlap_steps=7),
+        diloco(sync_every=4, fragments=4, overlap_steps=0, outer_learning_rate=1.0, outer_momentum=0.0),
+        diloco(sync_every=1, fragments=1, overlap_steps=0),
+        diloco(sync_every=9, fragments=2, overlap_steps=3),
+        {"parallel__backend": "native", "parallel__diloco": DilocoConfig(sync_every=2, fragments=4)},  # not in use
         {"checkpoint__steps": None, "checkpoint__save_total_limit": None, "checkpoint__keep_best": True},
         {"wandb__project": "p", "wandb__log_checkpoints": True, "scheduler__warmup_ratio": 0.0},
     ],
@@ -172,6 +236,17 @@ def test_kept_rules(changes: dict[str, Any]) -> None:
 def test_rule_about_two_values_waits_for_the_rules_about_each() -> None:
     [problem] = check(changed(GOOD, lora__alpha=0.0, lora__scale=1.0))
     assert problem.key == "lora.alpha"
+
+
+@given(st.integers(1, 99), st.integers(1, 99), st.integers(0, 99))
+def test_named_settings_of_diloco_work(sync_every: int, fragments: int, overlap_steps: int) -> None:
+    settings = {"sync_every": sync_every, "fragments": fragments, "overlap_steps": overlap_steps}
+    for _ in range(2):  # who has fewer fragments may still have too long an overlap
+        for problem in check(changed(GOOD, **diloco(**settings))):
+            name = problem.key.removeprefix("parallel.diloco.")
+            settings[name] = int(problem.message.rpartition("; use ")[2].split()[0])
+    assert check(changed(GOOD, **diloco(**settings))) == []
+    assert settings["sync_every"] == sync_every
 
 
 @given(st.integers(1, 10**15), st.integers(1, 10**15), st.integers(1, 20))

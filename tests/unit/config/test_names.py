@@ -7,7 +7,15 @@ from dataclasses import fields
 import pytest
 
 from mlx_distributed.config.names import SPELLINGS, unknown_key
-from mlx_distributed.config.schema import Config, LoggingConfig, LoraConfig, SourceConfig, TrainConfig
+from mlx_distributed.config.schema import (
+    Config,
+    DilocoConfig,
+    LoggingConfig,
+    LoraConfig,
+    ParallelConfig,
+    SourceConfig,
+    TrainConfig,
+)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +38,21 @@ from mlx_distributed.config.schema import Config, LoggingConfig, LoraConfig, Sou
         ("resume_from_checkpoint", Config, "write the option --resume"),
         ("lora.name", LoraConfig, "write optimizer.name, scheduler.name or wandb.name"),
         ("logging.colour", LoggingConfig, "the keys here are steps"),
+        ("parallel.diloco.sync_evry", DilocoConfig, "did you mean parallel.diloco.sync_every?"),
+        ("parallel.diloco.overlap", DilocoConfig, "did you mean parallel.diloco.overlap_steps?"),
+        ("parallel.diloco.delay_compensation", DilocoConfig, "write parallel.delay_compensation"),
+        ("parallel.sync_every", ParallelConfig, "write parallel.diloco.sync_every"),
+        ("parallel.dilocco", ParallelConfig, "did you mean parallel.diloco?"),
+        ("sync_every", Config, "write parallel.diloco.sync_every"),
+        ("fragmnts", Config, "did you mean parallel.diloco.fragments?"),
+        ("outer_learning_rate", Config, "write parallel.diloco.outer_learning_rate"),
+        ("diloco", Config, "write parallel.diloco"),
+        ("diloco.fragments", Config, "write parallel.diloco.fragments"),
+        (
+            "parallel.diloco.colour",
+            DilocoConfig,
+            "the keys here are sync_every, fragments, overlap_steps, outer_learning_rate, outer_momentum",
+        ),
     ],
 )
 def test_message(key: str, section: type, words: str) -> None:

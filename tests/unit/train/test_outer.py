@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_unflatten
 from train_samples import CONFIG, TinyModel
 
-from mlx_distributed.comm.buckets import Arrays, layer_of
+from mlx_distributed.comm.buckets import Arrays, backward_order, layer_of
 from mlx_distributed.config import Config, LoraConfig
 from mlx_distributed.config.schema import DilocoConfig, ModelConfig
 from mlx_distributed.errors import ConfigError
@@ -35,8 +35,9 @@ TOKENS = mx.arange(24).reshape(2, 12)
 
 
 def in_fragments(num: int, wire: str = "fp32") -> Config:
-    parallel = replace(CONFIG.parallel, sync="diloco", diloco=DilocoConfig(sync_every=99, fragments=num), wire=wire)
-    return replace(CONFIG, parallel=parallel)  # type: ignore[arg-type]
+    diloco = DilocoConfig(sync_every=99, fragments=num)
+    parallel = replace(CONFIG.parallel, sync="diloco", diloco=diloco, wire=wire)  # type: ignore[arg-type]
+    return replace(CONFIG, parallel=parallel)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_a_twin_shares_arrays_and_not_modules(tmp_path: Path, method: Method, mo
     other.update(tree_unflatten([(name, array + 1.0) for name, array in trainable(other).items()]))
     assert not mx.allclose(other(TOKENS), before)
     assert mx.array_equal(model(TOKENS), before)
-    assert all(array is mine[name] for name, array in tree_flatten(model.parameters()))
+    assert all(array is mine[name] for name, array in dict(tree_flatten(model.parameters())).items())
 
 
 UNITS = st.lists(st.lists(st.integers(1, 300), min_size=1, max_size=3), min_size=1, max_size=9)
@@ -86,6 +87,8 @@ def test_fragments_are_whole_layers_of_about_the_same_size(
     names = [names_of(fragment) for fragment in fragments]
     assert len(names) == num
     assert sorted(name for fragment in names for name in fragment) == sorted(sizes)
+    order = backward_order(list(sizes))
+    assert all(fragment == [name for name in order if name in fragment] for fragment in names)
     for layer in range(len(layers)):
         assert len({index for index, fragment in enumerate(names) for n in fragment if layer_of(n) == layer}) == 1
     found = [sum(sizes[name] for name in fragment) for fragment in names]
@@ -98,6 +101,15 @@ def test_neighbours_are_in_different_fragments() -> None:
     fragments = make_fragments(parameters, in_fragments(3))
     layers = [[layer_of(name) for name in names_of(fragment)] for fragment in fragments]
     assert layers == [[8, 5, 2], [7, 4, 1], [6, 3, 0]]
+
+
+def test_what_is_large_is_balanced_by_what_is_not() -> None:
+    parameters = {f"layers.{i}.weight": mx.zeros(3) for i in range(4)} | {"embed.weight": mx.zeros(12)}
+    layers, embedding = sorted(
+        make_fragments(parameters, in_fragments(2)), key=lambda fragment: -len(names_of(fragment))
+    )
+    assert names_of(layers) == [f"layers.{i}.weight" for i in (3, 2, 1, 0)]
+    assert names_of(embedding) == ["embed.weight"]
 
 
 def test_more_fragments_than_layers_are_refused() -> None:

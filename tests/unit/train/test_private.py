@@ -10,16 +10,19 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from checkpoint_samples import arrays, checkpointer, meta
-from train_samples import CONFIG, TinyModel
+from train_samples import CONFIG, TinyModel, make_trainer, on_ranks
 
-from mlx_distributed.comm.base import LocalComm
+from mlx_distributed.comm.base import Communicator, LocalComm
 from mlx_distributed.comm.buckets import Arrays
+from mlx_distributed.config.schema import DilocoConfig
 from mlx_distributed.errors import CheckpointError
+from mlx_distributed.parallel.mesh import Mesh
 from mlx_distributed.tracking import ConsoleTracker, Trackers
 from mlx_distributed.train.checkpoint import open_checkpoint
 from mlx_distributed.train.hooks import Save
+from mlx_distributed.train.pending import Pending
 from mlx_distributed.train.private import collect, hand_out
-from mlx_distributed.train.setup import gradient_layout, init_state
+from mlx_distributed.train.setup import exchange_layout, gradient_layout, init_state
 from mlx_distributed.train.state import TrainState, digest
 
 SHARDED = replace(CONFIG, optimizer=replace(CONFIG.optimizer, shard=True))
@@ -157,3 +160,145 @@ def test_who_is_left_alone_with_everything_saves_it(tmp_path: Path) -> None:
     layout = gradient_layout(state.parameters)
     Save(checkpointer(tmp_path), LocalComm(), layout, Trackers([]), lambda state: meta(state.step)).alone(state)
     assert digest(open_checkpoint(tmp_path / "step-00000004").load()[1]) == digest(state.optimizer)
+
+
+def under_way(state: TrainState, *, then: bool = False) -> Pending:
+    """Gradients of every parameter and a tally, as they are after a sum of `parallel.sync: delayed`."""
+    mx.random.seed(9)
+    sums = {name: mx.random.normal(array.shape) for name, array in state.parameters.items()}
+    sums |= {"tally.loss": mx.ones(5), "tally.num_tokens": mx.array([3] * 5, mx.int64), "tally.stop": mx.zeros(1, mx.int64)}
+    computed_at = {name: array + 1.0 for name, array in state.parameters.items()} if then else None
+    mx.eval(sums, computed_at or {})
+    return Pending(lambda: sums, computed_at)
+
+
+@pytest.mark.parametrize("then", [False, True])
+@pytest.mark.parametrize(("saved_by", "size"), [(1, 1), (2, 2), (2, 3), (3, 1)])
+@pytest.mark.parametrize("wire", ["fp32", "int8"])
+def test_sums_that_are_under_way_are_handed_to_all(
+    tmp_path: Path, saved_by: int, size: int, wire: str, then: bool
+) -> None:
+    config = replace(CONFIG, parallel=replace(CONFIG.parallel, wire=wire))  # type: ignore[arg-type]
+    states = [init_state(TinyModel(), config, LocalComm()) for _ in range(3)]
+    layout = gradient_layout(states[0].parameters, wire)
+    for state in states:
+        mx.eval(state.parameters, state.optimizer)
+    expected = under_way(states[0], then=then)
+
+    def save(comm: Communicator) -> None:
+        state = states[comm.rank]
+        state.step, state.pending = 4, expected
+        Save(checkpointer(tmp_path), comm, layout, Trackers([]), lambda state: meta(state.step))(state)
+        comm.barrier("the end")
+
+    def restore(comm: Communicator) -> tuple[str, str]:
+        state, checkpoint = states[comm.rank], open_checkpoint(tmp_path / "step-00000004")
+        state.pending = None
+        hand_out(state, layout, None if comm.rank else checkpoint, comm)
+        assert state.pending is not None
+        return digest(state.pending.sums), digest(state.pending.computed_at or {})
+
+    on_ranks(saved_by, save)
+    assert on_ranks(size, restore) == [(digest(expected.sums), digest(expected.computed_at or {}))] * size
+
+
+def test_where_nothing_is_under_way_nothing_is_handed_out(tmp_path: Path) -> None:
+    state, layout = init_state(TinyModel(), CONFIG, LocalComm()), gradient_layout(make_state().parameters)
+    assert collect(state, layout, LocalComm()) == []
+    folder = checkpointer(tmp_path).save(state.parameters, state.shared, meta(1))
+    hand_out(state, layout, open_checkpoint(folder), LocalComm())
+    assert state.pending is None
+    hand_out(state, layout, None, LocalComm())
+    assert state.pending is None
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        {"pending/sums/tail.weight": mx.zeros(1)},
+        {"pending/sums/head.weight": mx.zeros((8, 16))},
+        {"pending/sums/head.weight": mx.zeros(128)},
+        {"pending/computed-at/norm.bias": mx.zeros(9)},
+        {"pending/other/norm.bias": mx.zeros(8)},
+        {"pending/norm.bias": mx.zeros(8)},
+        {"pending/sums/": mx.zeros(8)},
+    ],
+    ids=lambda foreign: f"{next(iter(foreign))}{next(iter(foreign.values())).shape}",
+)
+def test_sums_of_other_parameters_are_refused(tmp_path: Path, foreign: Arrays) -> None:
+    state, layout = init_state(TinyModel(), CONFIG, LocalComm()), gradient_layout(make_state().parameters)
+    state.pending = under_way(state)
+    (own,) = (get() for get in collect(state, layout, LocalComm()))
+    folder = checkpointer(tmp_path).save(state.parameters, state.shared, meta(1), loaders(own | foreign))
+    state.pending = None
+    with pytest.raises(CheckpointError) as error:
+        hand_out(state, layout, open_checkpoint(folder), LocalComm())
+    (name,) = foreign
+    assert str(error.value) == f"the sums that were under way do not fit the parameters: {name} is not one of them"
+    assert state.pending is None
+
+
+@pytest.mark.parametrize("missing", ["sums/head.weight", "sums/tally.loss", "computed-at/head.weight"])
+def test_sums_that_are_not_all_there_are_refused(tmp_path: Path, missing: str) -> None:
+    parallel = replace(CONFIG.parallel, sync="delayed", delay_compensation=0.5)
+    config = replace(CONFIG, parallel=parallel)
+    state = init_state(TinyModel(), config, LocalComm())
+    next(iter(make_trainer(config).steps(state, Mesh(LocalComm()))))
+    layout = gradient_layout(state.parameters)
+    (own,) = (get() for get in collect(state, layout, LocalComm()))
+    del own[f"pending/{missing}"]
+    folder = checkpointer(tmp_path).save(state.parameters, state.shared, meta(1), loaders(own))
+    with pytest.raises(CheckpointError, match="the sums that were under way do not fit the parameters"):
+        hand_out(state, layout, open_checkpoint(folder), LocalComm())
+
+
+def test_who_is_left_alone_saves_sums_that_have_come_and_no_others(tmp_path: Path) -> None:
+    for step, waited in ((4, True), (5, False)):
+        state = init_state(TinyModel(), CONFIG, LocalComm())
+        state.step, state.pending = step, under_way(state)
+        layout = gradient_layout(state.parameters)
+        if waited:
+            _ = state.pending.sums
+        Save(checkpointer(tmp_path), LocalComm(), layout, Trackers([]), lambda state: meta(state.step)).alone(state)
+        found = open_checkpoint(tmp_path / f"step-0000000{step}").manifest.of_ranks
+        assert len(found) == int(waited)
+        assert (state.pending is not None) == waited
+
+
+def test_sums_travel_with_what_else_rank_0_has(tmp_path: Path) -> None:
+    """Copies, what compression owes and what is under way, in the files of two workers."""
+    diloco = DilocoConfig(sync_every=6, fragments=2, overlap_steps=2)
+    parallel = replace(CONFIG.parallel, sync="diloco", wire="int8", diloco=diloco, nproc=2)
+    config = replace(CONFIG, parallel=parallel, checkpoint=replace(CONFIG.checkpoint, steps=4))
+
+    def start() -> TrainState:
+        mx.random.seed(0)
+        state = init_state(TinyModel(), config, LocalComm())
+        assert state.inner is not None
+        mx.eval(state.parameters, state.optimizer, state.inner.state.optimizer)
+        return state
+
+    layout = exchange_layout(start().parameters, config)
+
+    def whole(comm: Communicator) -> dict[str, str]:
+        state = states[comm.rank]
+        save = Save(checkpointer(tmp_path), comm, layout, Trackers([]), lambda state: meta(state.step))
+        for info in make_trainer(config).steps(state, Mesh(comm)):
+            if info.step == 4:
+                assert state.pending is not None
+                save(state)
+        comm.barrier("the end")
+        return state.digest()
+
+    def resumed(comm: Communicator) -> dict[str, str]:
+        state, checkpoint = states[comm.rank], open_checkpoint(tmp_path / "step-00000004")
+        state.restore(*checkpoint.load(), 4, checkpoint.meta.num_tokens, 0)
+        hand_out(state, layout, None if comm.rank else checkpoint, comm)
+        for _ in make_trainer(config).steps(state, Mesh(comm)):
+            pass
+        return state.digest()
+
+    states = [start() for _ in range(2)]
+    expected = on_ranks(2, whole)
+    states = [start() for _ in range(2)]
+    assert on_ranks(2, resumed) == expected == [expected[0]] * 2
