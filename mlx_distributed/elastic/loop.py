@@ -1,0 +1,250 @@
+"""`run_elastic`: a run whose members come and go; the loop around the steps, outside of the trainer.
+
+A step is prepared by a group, that of one `Epoch`, and taken when the coordinator says so. When a member is lost the
+step stays: what this worker has computed of it is kept, the members of the next epoch share out what is missing, and
+add up anew. So nothing is computed twice but what the lost one had computed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Generic, Protocol, TypeVar
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_distributed.comm.base import Communicator
+from mlx_distributed.comm.tree_sum import Node
+from mlx_distributed.elastic.assignment import assign
+from mlx_distributed.elastic.membership import Membership
+from mlx_distributed.elastic.protocol import Epoch, EpochId, Fetch, Loss, Outcome
+from mlx_distributed.elastic.worker import View
+from mlx_distributed.errors import CommError, TrainingError
+
+SUSPECT_S = 0.5
+"""A peer that the collective waits for and that has been silent for so long is named to the coordinator."""
+WATCH_S = 0.1
+
+RETRY_S = 0.5
+"""After a transfer of state that has failed."""
+
+InfoT = TypeVar("InfoT")
+OutT = TypeVar("OutT", covariant=True)
+
+
+class Group(Communicator, Protocol):
+    """A communicator that another thread may look into, and end."""
+
+    def connect(self, addresses: Sequence[str]) -> None: ...
+
+    def silent(self, for_s: float) -> list[int]:
+        """Ranks that are waited for and have been silent for so long."""
+        ...
+
+    def interrupt(self, reason: str) -> None:
+        """Let the call that is under way, and all later ones, raise CommError."""
+        ...
+
+
+class Attempt(Protocol[OutT]):
+    """A step that is being taken; `train.attempt` says more."""
+
+    @property
+    def num_leaves(self) -> int: ...
+    @property
+    def held(self) -> Sequence[Node]: ...
+    @property
+    def speed(self) -> float: ...
+    def keep(self, nodes: Collection[Node]) -> None: ...
+    def reduce(self, leaves: Sequence[int], comm: Communicator) -> str: ...
+    def commit(self) -> OutT: ...
+
+
+class Run(Protocol[InfoT]):
+    """What is trained, as far as this room needs to know."""
+
+    @property
+    def num_steps(self) -> int: ...
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        ...
+
+    def attempt(self) -> Attempt[InfoT]:
+        """A new one, of the next step."""
+        ...
+
+    def fetch(self, offer: Fetch) -> Outcome | None:
+        """Take over newer state from others; what it is the state of, None where that failed."""
+        ...
+
+    def taken(self, info: InfoT | None, group: Communicator) -> None:
+        """The last step has been taken. Called on all members of an epoch, and again in the next one where it has not
+        come to its end on all of them; `info` is None where somebody else has taken the step, or for the second time.
+        May raise CommError of the group."""
+        ...
+
+    def alone(self) -> None:
+        """There has been no coordinator for long. Called once."""
+        ...
+
+
+def run_elastic(
+    run: Run[InfoT], member: Membership, form: Callable[[EpochId, int, int], Group], grace_s: float
+) -> None:
+    """Take the steps of a run together with whoever is there, until all are taken.
+
+    Args:
+        run: whose state this worker holds.
+        member: of this worker; its view knows what step the state is of.
+        form: makes the group of an epoch, not yet connected, given its id, the rank in it and its size.
+        grace_s: for how long the coordinator may be away before `run.alone` is called.
+
+    Raises:
+        TrainingError: this worker is not let in, or the run has failed.
+    """
+    _Loop(run, member, form, grace_s).run()
+
+
+class _Loop(Generic[InfoT]):
+    def __init__(
+        self, run: Run[InfoT], member: Membership, form: Callable[[EpochId, int, int], Group], grace_s: float
+    ) -> None:
+        self._run, self._member, self._form, self._grace_s = run, member, form, grace_s
+        self._attempt: Attempt[InfoT] | None = None
+        self._failed: EpochId | None = None
+        """The epoch whose group has failed here."""
+        self._info: InfoT | None = None
+        """Of the last step taken, until it was told."""
+        self._told = run.step
+        """The last step for which `taken` has come to its end here."""
+        self._was_alone = False
+
+    def run(self) -> None:
+        while self._run.step < self._run.num_steps or self._told < self._run.step:
+            view = self._wait(lambda v: self._to_enter(v) or v.offer or self._to_commit(v))
+            if self._to_commit(view):
+                self._commit()
+            elif epoch := self._to_enter(view):
+                self._take_part(epoch, view)
+            elif view.offer is not None:
+                self._fetch(view.offer)
+
+    def _to_enter(self, view: View) -> Epoch | None:
+        return view.epoch if view.epoch is not None and view.epoch.id != self._failed else None
+
+    def _to_commit(self, view: View) -> bool:
+        return self._attempt is not None and view.committed.step > self._run.step
+
+    def _wait(self, ready: Callable[[View], object]) -> View:
+        """Until the view is as wanted, or this worker has no place in the run any more."""
+        while True:
+            view = self._member.wait(lambda v: v if v.ended or ready(v) else None, self._grace_s)
+            if view is None:
+                if not self._was_alone and self._member.away_s >= self._grace_s:
+                    self._was_alone = True
+                    self._run.alone()
+            elif view.ended is None or ready(view):
+                return view
+            else:
+                raise TrainingError(view.ended.reason)
+
+    def _fetch(self, offer: Fetch) -> None:
+        outcome = self._run.fetch(offer)
+        if outcome is not None:
+            self._attempt, self._info, self._told = None, None, self._run.step
+            self._member.change(lambda view: view.fetched(outcome))
+        else:
+            self._member.wait(lambda view: view.ended or view.offer != offer, RETRY_S)
+
+    def _commit(self) -> None:
+        assert self._attempt is not None
+        self._info, self._attempt = self._attempt.commit(), None
+
+    def _take_part(self, epoch: Epoch, view: View) -> None:
+        """Take steps in an epoch, until it is over."""
+        rank = next(rank for rank, seat in enumerate(epoch.seats) if seat.worker == view.worker)
+        try:
+            with self._group(epoch, rank) as group:
+                held, seats = self._agree(group), epoch.seats
+                while self._run.step < self._run.num_steps:
+                    self._prepare(epoch.id, [seat.weight for seat in seats], held, rank, group)
+                    view = self._wait(lambda v: self._to_commit(v) or _over(v, epoch.id))
+                    if not self._to_commit(view):
+                        return
+                    self._commit()
+                    if view.epoch is None or _over(view, epoch.id):
+                        return
+                    self._tell(group)
+                    held, seats = [()] * len(seats), view.epoch.seats
+        except CommError as error:
+            self._failed = epoch.id
+            peer = view.worker.name if error.peer is None else epoch.seats[error.peer].worker.name
+            loss = Loss(peer, error.reason)
+            self._member.change(lambda view: view.suspect(epoch.id, lost=loss))
+
+    def _agree(self, group: Group) -> list[tuple[Node, ...]]:
+        """What each rank holds of the step; before that, what follows a step is done where somebody has not done it."""
+        mine = [self._told, *(edge for node in self._held() for edge in node)]
+        gathered = [np.asarray(array).tolist() for array in group.all_gather(mx.array(mine, mx.int64), "what is held")]
+        if min(told for told, *_ in gathered) < self._run.step:
+            self._tell(group)
+        return [tuple(zip(edges[::2], edges[1::2], strict=True)) for _, *edges in gathered]
+
+    def _held(self) -> Sequence[Node]:
+        if self._attempt is None and self._run.step < self._run.num_steps:
+            self._attempt = self._run.attempt()
+        return self._attempt.held if self._attempt is not None else ()
+
+    def _tell(self, group: Group) -> None:
+        info, self._info = self._info, None
+        self._run.taken(info, group)
+        self._told = self._run.step
+
+    def _prepare(
+        self, epoch: EpochId, weights: Sequence[float], held: Sequence[tuple[Node, ...]], rank: int, group: Group
+    ) -> None:
+        """Compute this worker's share of the step, add up, and vote."""
+        attempt = self._attempt = self._attempt or self._run.attempt()
+        share = assign(attempt.num_leaves, held, weights)[rank]
+        attempt.keep(share.keep)
+        digest = attempt.reduce([leaf for node in share.compute for leaf in range(*node)], group)
+        self._member.change(lambda view: view.prepare(epoch, digest), speed=attempt.speed)
+
+    @contextmanager
+    def _group(self, epoch: Epoch, rank: int) -> Iterator[Group]:
+        """The group of an epoch, for as long as that is the epoch of this worker."""
+        group = self._form(epoch.id, rank, len(epoch.seats))
+        closed = threading.Event()
+        watch = threading.Thread(target=self._watch, args=(epoch, group, closed), name="watch", daemon=True)
+        watch.start()
+        try:
+            group.connect([seat.address for seat in epoch.seats])
+            yield group
+        except BaseException as error:
+            group.close(error)
+            raise
+        else:
+            group.close()
+        finally:
+            closed.set()
+            watch.join()
+
+    def _watch(self, epoch: Epoch, group: Group, closed: threading.Event) -> None:
+        """In a thread of its own: end the group with its epoch, and name who is silent in it."""
+        while not closed.is_set():
+            if self._member.wait(lambda view: _over(view, epoch.id) or closed.is_set(), WATCH_S):
+                if not closed.is_set():
+                    group.interrupt("the members of the run have changed")
+                return
+            silent = tuple(epoch.seats[rank].worker.name for rank in group.silent(SUSPECT_S))
+            if silent != self._member.view.waiting_for:
+                self._member.change(lambda view, silent=silent: view.suspect(epoch.id, silent))  # type: ignore[misc]
+
+
+def _over(view: View, epoch: EpochId) -> bool:
+    """Whether an epoch is not that of this worker any more."""
+    return view.ended is not None or view.epoch is None or view.epoch.id != epoch

@@ -1,0 +1,211 @@
+"""What the coordinator knows, and what follows from it. Pure: no clock, no input, no output."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mlx_distributed.elastic.protocol import START, Epoch, EpochId, Facts, Outcome, Seat, Standing, WorkerId
+
+HEARTBEAT_S = 0.5
+"""Between two standings of a worker that has no news."""
+SILENCE_S = 3.0
+"""No worker is given up for silence before. A stop of 2 s just before a heartbeat is due makes a silence of 2.5 s."""
+FRESH_S = 2 * HEARTBEAT_S
+"""A newcomer that has not been heard for longer is not let in."""
+BARRED_S = 60.0
+"""A worker that was left out because another one does not reach it may come back after that."""
+MAX_LOSSES = 2
+"""So many times within one step a collective may fail between two workers that both are alive."""
+MAX_DISAGREEMENTS = 2
+"""So many times within one step the digests may differ with no majority."""
+PROBE_AGAIN_S = 0.05
+"""A worker whose stream has ended is probed at this interval: its ports are closed one after the other when it dies."""
+AWAY_S = 1.0
+"""If so long nothing has happened, not even a tick, the coordinator itself was stopped, and judges nobody by it."""
+NUM_STEP_TIMES = 32
+"""Steps that the patience with a silent worker is learnt from."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a run demands."""
+
+    facts: Facts
+    num_steps: int
+    min_workers: int = 1
+    """Fewer do not train, but wait."""
+    wait_s: float = 600.0
+    """So long they wait before they give up."""
+    vote_s: float = 300.0
+    """A worker that is alive, but has no result for so long after another one has it, is out."""
+    share: Literal["even", "speed"] = "speed"
+    """How the micro-batches of a step are shared."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A worker that is with us: in the epoch, or on its way into one."""
+
+    worker: WorkerId
+    address: str
+    standing: Standing
+    heard_s: float
+    connected: bool
+    probing: bool = False
+    """Whether anybody answers at its address is being found out."""
+    probed_s: float | None = None
+    """When that began last in the present epoch."""
+
+    @property
+    def alive(self) -> bool:
+        """It was heard after somebody had lost the connection to it."""
+        return not self.probing and self.probed_s is not None and self.heard_s > self.probed_s
+
+
+@dataclass(frozen=True)
+class State:
+    """All that the coordinator knows. `now_s` of every call is of the monotonic clock of its process."""
+
+    rules: Rules
+    term: int
+    sequence: int = 0
+    """Of the newest epoch in this term."""
+    committed: Outcome = START
+    """The last step taken. The data cursor is its number, and moves with it alone."""
+    epoch: Epoch | None = None
+    broken: str | None = None
+    """Why the epoch cannot go on as it is; None while it can."""
+    members: Mapping[str, Member] = field(default_factory=dict)
+    """By name."""
+    distrusted: frozenset[str] = frozenset()
+    """Incarnations that had another gradient than the majority, until they have fetched the state."""
+    barred: Mapping[str, float] = field(default_factory=dict)
+    """Until when a worker is not let in, by name."""
+    losses: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    """How often the collective has failed in this step between two workers that are alive."""
+    disagreements: int = 0
+    """How often the digests of this step differed with no majority."""
+    step_times_s: tuple[float, ...] = ()
+    now_s: float = 0.0
+    """Of the last event."""
+    begun_s: float = 0.0
+    """When the last step was taken, or the epoch formed."""
+    voted_s: float | None = None
+    """When the first vote on this step came in this epoch."""
+    waiting_since_s: float | None = None
+    waiting: str = ""
+    """What training waits for."""
+    ended: str | None = None
+    """Why the run is over."""
+
+    @property
+    def finished(self) -> bool:
+        """All steps are taken."""
+        return self.committed.step >= self.rules.num_steps
+
+    def member(self, worker: WorkerId) -> Member | None:
+        """The member that is this very process."""
+        member = self.members.get(worker.name)
+        return member if member is not None and member.worker == worker else None
+
+    def seated(self) -> list[Member]:
+        """Members of the epoch that are still with us, by rank."""
+        seats = self.epoch.seats if self.epoch else ()
+        return [member for seat in seats if (member := self.member(seat.worker))]
+
+    def in_epoch(self, worker: WorkerId) -> bool:
+        return self.epoch is not None and any(seat.worker == worker for seat in self.epoch.seats)
+
+    def vote(self, member: Member) -> Outcome | None:
+        """What a member has prepared in this epoch for the step after the last one taken."""
+        standing, epoch = member.standing, self.epoch
+        if epoch is None or standing.epoch != epoch.id or standing.prepared is None:
+            return None
+        return standing.prepared if standing.prepared.step == self.committed.step + 1 else None
+
+    def holds(self, member: Member) -> bool:
+        """Whether a member has the state of the last step taken, or has it as soon as it is told to swap."""
+        return self.committed in (member.standing.committed, member.standing.prepared)
+
+    def in_doubt(self) -> list[Member]:
+        """Members of the epoch that may be gone: they come back, or are given up."""
+        return [member for member in self.seated() if not member.connected or member.probing]
+
+    def ready(self, now_s: float) -> list[Member]:
+        """Who can take the next step: members of the epoch by rank, then newcomers by name."""
+        seated = self.seated()
+        newcomers = [
+            member
+            for name, member in sorted(self.members.items())
+            if not self.in_epoch(member.worker)
+            and self.barred.get(name, now_s) <= now_s
+            and now_s - member.heard_s <= FRESH_S
+        ]
+        return [member for member in seated + newcomers if member.connected and self.holds(member)]
+
+    def patience_s(self) -> float:
+        """How long a silent worker is waited for: a slow Mac is not a dead Mac."""
+        if len(self.step_times_s) < 5:
+            return SILENCE_S
+        median = statistics.median(self.step_times_s)
+        spread = statistics.median(abs(time_s - median) for time_s in self.step_times_s)
+        return max(SILENCE_S, median + 5 * spread)
+
+    def waited_for(self) -> set[str]:
+        """Names of the members that others cannot go on without."""
+        seated = self.seated()
+        # Nobody of the epoch is here, but others are, or an epoch is due: those in doubt are in the way.
+        stuck = self.broken is not None or not any(member.connected for member in seated)
+        names = {member.worker.name for member in self.in_doubt()} if stuck else set()
+        voted = [member for member in seated if self.vote(member)]
+        if voted:
+            names |= {member.worker.name for member in seated} - {member.worker.name for member in voted}
+        for member in seated:
+            if self.is_current(member):
+                names |= set(member.standing.waiting_for)
+                names |= {member.standing.lost.name} if member.standing.lost else set()
+        return names
+
+    def is_current(self, member: Member) -> bool:
+        """Whether what a member says of its collective is about this epoch."""
+        return self.epoch is not None and member.standing.epoch == self.epoch.id
+
+    def seats_of(self, members: Sequence[Member]) -> tuple[Seat, ...]:
+        """Seats with shares by speed, or even ones. Who has not measured yet counts as the mean."""
+        speeds = [member.standing.speed for member in members if member.standing.speed > 0]
+        mean = sum(speeds) / len(speeds) if speeds and self.rules.share == "speed" else 1.0
+        weights = [(member.standing.speed or mean) if self.rules.share == "speed" else 1.0 for member in members]
+        return tuple(
+            Seat(member.worker, member.address, float(f"{weight / mean:.3g}"))
+            for member, weight in zip(members, weights, strict=True)
+        )
+
+    def next_epoch(self) -> EpochId:
+        return EpochId(self.term, self.sequence + 1)
+
+    def missing(self, now_s: float) -> str:
+        """What training waits for, in words; empty while an epoch is at work, or all is done."""
+        if self.finished or (self.epoch is not None and self.broken is None and self.seated()):
+            return ""
+        if self.in_doubt():
+            return f"waiting for {names(self.in_doubt())} to come back"
+        ready = self.ready(now_s)
+        if self.members and not any(self.holds(member) for member in self.members.values()):
+            return (
+                f"nobody who is here ({names(list(self.members.values()))}) has the state after step "
+                f"{self.committed.step}; waiting for a worker that has it. If there is none any more, start again with "
+                "--resume to go on from the last checkpoint"
+            )
+        return (
+            f"{len(ready)} of at least {self.rules.min_workers} workers are ready to train "
+            f"({names(ready) or 'none'}); waiting for more"
+        )
+
+
+def names(members: Sequence[Member]) -> str:
+    """For people: `a, b and c`."""
+    listed = sorted(member.worker.name for member in members)
+    return " and ".join(filter(None, (", ".join(listed[:-1]), *listed[-1:])))
