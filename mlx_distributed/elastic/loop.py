@@ -15,11 +15,11 @@ from typing import Generic, Protocol, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from mlx_distributed.comm.base import Communicator
+from mlx_distributed.comm.base import Communicator, LocalComm
 from mlx_distributed.comm.tree_sum import Node
 from mlx_distributed.elastic.assignment import assign
 from mlx_distributed.elastic.membership import Membership
-from mlx_distributed.elastic.protocol import Epoch, EpochId, Fetch, Loss, Outcome
+from mlx_distributed.elastic.protocol import Epoch, EpochId, Fetch, Loss, Outcome, WorkerId
 from mlx_distributed.elastic.worker import View
 from mlx_distributed.errors import CommError, TrainingError
 
@@ -82,9 +82,9 @@ class Run(Protocol[InfoT]):
         ...
 
     def taken(self, info: InfoT | None, group: Communicator) -> None:
-        """The last step has been taken. Called on all members of an epoch, and again in the next one where it has not
-        come to its end on all of them; `info` is None where somebody else has taken the step, or for the second time.
-        May raise CommError of the group."""
+        """The last step has been taken, or at step 0, the run begins. Called on all members of an epoch, and again in
+        the next one where it has not come to its end on all of them, or rank 0 is another one. `info` is None where
+        somebody else has taken the step. May raise CommError of the group."""
         ...
 
     def alone(self) -> None:
@@ -118,9 +118,11 @@ class _Loop(Generic[InfoT]):
         self._failed: EpochId | None = None
         """The epoch whose group has failed here."""
         self._info: InfoT | None = None
-        """Of the last step taken, until it was told."""
-        self._told = run.step
-        """The last step for which `taken` has come to its end here."""
+        """Of the last step taken; None where somebody else took it."""
+        self._told = run.step or -1
+        """The last step for which `taken` has come to its end here; the beginning counts as one."""
+        self._leader: WorkerId | None = None
+        """Rank 0 of the group that came to its end with it."""
         self._was_alone = False
 
     def run(self) -> None:
@@ -169,7 +171,7 @@ class _Loop(Generic[InfoT]):
         rank = next(rank for rank, seat in enumerate(epoch.seats) if seat.worker == view.worker)
         try:
             with self._group(epoch, rank) as group:
-                held, seats = self._agree(group), epoch.seats
+                held, seats = self._agree(epoch, group), epoch.seats
                 while self._run.step < self._run.num_steps:
                     self._prepare(epoch.id, [seat.weight for seat in seats], held, rank, group)
                     view = self._wait(lambda v: self._to_commit(v) or _over(v, epoch.id))
@@ -178,20 +180,28 @@ class _Loop(Generic[InfoT]):
                     self._commit()
                     if view.epoch is None or _over(view, epoch.id):
                         return
-                    self._tell(group)
+                    self._tell(epoch, group)
                     held, seats = [()] * len(seats), view.epoch.seats
         except CommError as error:
             self._failed = epoch.id
             peer = view.worker.name if error.peer is None else epoch.seats[error.peer].worker.name
             loss = Loss(peer, error.reason)
             self._member.change(lambda view: view.suspect(epoch.id, lost=loss))
+            left = [other for other in range(len(epoch.seats)) if other != error.peer]
+            if self._run.step >= self._run.num_steps and self._told < self._run.step:
+                # No epoch follows the last step: the first of those that are left does by itself what is to be done.
+                if rank == left[0]:
+                    self._run.taken(self._info, LocalComm())
+                self._told = self._run.step
 
-    def _agree(self, group: Group) -> list[tuple[Node, ...]]:
-        """What each rank holds of the step; before that, what follows a step is done where somebody has not done it."""
-        mine = [self._told, *(edge for node in self._held() for edge in node)]
+    def _agree(self, epoch: Epoch, group: Group) -> list[tuple[Node, ...]]:
+        """What each rank holds of the step. Before that, all do what follows a step, if anybody has not done it yet, or
+        if who tells people has changed: the one before may have been lost before it could."""
+        untold = self._told < self._run.step or self._leader not in (None, epoch.seats[0].worker)
+        mine = [int(untold), *(edge for node in self._held() for edge in node)]
         gathered = [np.asarray(array).tolist() for array in group.all_gather(mx.array(mine, mx.int64), "what is held")]
-        if min(told for told, *_ in gathered) < self._run.step:
-            self._tell(group)
+        if any(untold for untold, *_ in gathered):
+            self._tell(epoch, group)
         return [tuple(zip(edges[::2], edges[1::2], strict=True)) for _, *edges in gathered]
 
     def _held(self) -> Sequence[Node]:
@@ -199,10 +209,9 @@ class _Loop(Generic[InfoT]):
             self._attempt = self._run.attempt()
         return self._attempt.held if self._attempt is not None else ()
 
-    def _tell(self, group: Group) -> None:
-        info, self._info = self._info, None
-        self._run.taken(info, group)
-        self._told = self._run.step
+    def _tell(self, epoch: Epoch, group: Group) -> None:
+        self._run.taken(self._info, group)
+        self._told, self._leader = self._run.step, epoch.seats[0].worker
 
     def _prepare(
         self, epoch: EpochId, weights: Sequence[float], held: Sequence[tuple[Node, ...]], rank: int, group: Group

@@ -30,16 +30,6 @@ def every(num_steps: int | None, hook: Hook) -> Hook:
     return hook_when_due
 
 
-def current(hook: Hook) -> Hook:
-    """Run the hook, which looks at the state, only where the step is the last that the state has taken."""
-
-    def hook_when_current(state: TrainState, info: StepInfo) -> None:
-        if info.step == state.step:
-            hook(state, info)
-
-    return hook_when_current
-
-
 class Save:
     """Saves the state where there is something to save that has not been saved. Rank 0 saves for all, and the others
     give it what only they have.

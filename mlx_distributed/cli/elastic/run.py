@@ -1,0 +1,200 @@
+"""One worker of an elastic run, from its configuration to the end of the run, or to where it leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from mlx_distributed import __version__
+from mlx_distributed.cli.beside import Beside
+from mlx_distributed.cli.errors import INTERRUPTED
+from mlx_distributed.cli.interrupt import Interrupt
+from mlx_distributed.cli.load import Loaded, load_all
+from mlx_distributed.cli.output_dir import accept_config
+from mlx_distributed.cli.run import Job, choose_device, make_checkpointer, open_trackers, restore
+from mlx_distributed.comm.base import Communicator, LocalComm
+from mlx_distributed.comm.endpoint import Endpoint
+from mlx_distributed.comm.grpc_comm import GrpcComm
+from mlx_distributed.comm.tls import Identity
+from mlx_distributed.config import to_dict
+from mlx_distributed.elastic.loop import run_elastic
+from mlx_distributed.elastic.membership import Membership
+from mlx_distributed.elastic.protocol import NOTHING, START, EpochId, Facts, Fetch, Outcome, WorkerId
+from mlx_distributed.elastic.worker import View
+from mlx_distributed.tracking import ConsoleTracker, Trackers
+from mlx_distributed.train.attempt import Attempt
+from mlx_distributed.train.phases import Phases
+from mlx_distributed.train.setup import init_state
+from mlx_distributed.train.step_info import StepInfo
+
+SECTIONS = ("train", "optimizer", "scheduler", "eval", "checkpoint")
+"""Of the configuration: what must be the same on all workers."""
+
+
+@dataclass(frozen=True)
+class Seat:
+    """How a worker takes its place in a run."""
+
+    name: str
+    """In the run; of no other worker that is alive."""
+    listen: str
+    """Address at which the others reach it; port 0 takes a free one."""
+    token: str = field(repr=False)
+    """Secret of the run."""
+    identity: Identity | None = None
+    """For mutual TLS; None means that nothing is encrypted."""
+    first: bool = True
+    """It is the one that goes on from the checkpoint where the run is resumed; others are given what it has."""
+
+
+def config_digest(loaded: Loaded, config: Mapping[str, object]) -> str:
+    """SHA-256 of all that workers must have in common: data, model and settings.
+
+    Args:
+        loaded: data and model.
+        config: from `to_dict`.
+    """
+    common = {"facts": dict(loaded.facts), "validation": loaded.rows.validation_digest}
+    text = json.dumps(common | {name: config[name] for name in SECTIONS}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def train_elastic(job: Job, seat: Seat, enroll: Callable[[int, str, Outcome], str], interrupt: Interrupt) -> int:
+    """Train as one worker of a run whose members come and go; returns the exit status.
+
+    Args:
+        job: what is trained.
+        seat: how this worker takes part.
+        enroll: told the number of steps, the `config_digest` and the state that this worker begins with, gives the
+            address of the coordinator.
+        interrupt: asks for a stop.
+    """
+    choose_device(job.config.train.device)
+    run = _Run(job, seat, interrupt)
+    endpoint = Endpoint(seat.listen, seat.identity)
+    facts = Facts(job.run_id, __version__, run.digest)
+    coordinator = enroll(run.num_steps, run.digest, run.begins_with)
+    view = View(WorkerId(seat.name, uuid.uuid4().hex), committed=run.begins_with)
+    member = Membership(coordinator, seat.token, facts, view, endpoint.address, seat.identity)
+
+    def form(epoch: EpochId, rank: int, size: int) -> GrpcComm:
+        timeout_s = job.config.parallel.timeout_s
+        generation = epoch.term << 32 | epoch.sequence
+        return GrpcComm(rank, size, seat.token, generation, timeout_s, endpoint=endpoint)
+
+    try:
+        interrupt.training = True
+        run_elastic(run, member, form, job.config.elastic.coordinator_grace_s)
+        interrupt.training = False
+    finally:
+        member.close("its work is done")
+        endpoint.close()
+        run.trackers.finish(INTERRUPTED if run.stopped else 0)
+    return INTERRUPTED if run.stopped else 0
+
+
+class _Run:
+    """What this worker trains. Rank 0 of an epoch saves, tracks and speaks."""
+
+    def __init__(self, job: Job, seat: Seat, interrupt: Interrupt) -> None:
+        self._job, self._config = job, job.config
+        self._loaded = load_all(job.config, LocalComm())
+        self._state = init_state(self._loaded.model, job.config, LocalComm())
+        self._checkpointer = make_checkpointer(job.config)
+        self._wandb_id = job.wandb_id
+        self.digest = config_digest(self._loaded, to_dict(job.config))
+        self.begins_with = self._begin(seat)
+        self._phases = Phases(job.config, self._loaded.plan, self._loaded.rows.train, lambda: interrupt.requested)
+        self.num_steps = self._loaded.plan.num_steps
+        self.stopped = False
+        self.trackers = Trackers([])
+        self._leads = False
+        self._group: Communicator | None = None
+        self._beside: Beside | None = None
+        self._before: dict[str, float] = {}
+
+    @property
+    def step(self) -> int:
+        return self._state.step
+
+    def attempt(self) -> Attempt:
+        return Attempt(self._phases, self._state)
+
+    def fetch(self, offer: Fetch) -> Outcome | None:
+        return None
+
+    def taken(self, info: StepInfo | None, group: Communicator) -> None:
+        beside, state = self._in_group(group, info), self._state
+        if not state.step:
+            self._before = beside.at_start()
+            return
+        beside.after_step(info)
+        if info is not None and info.stop_requested:
+            self.stopped, self.num_steps = state.step < self._loaded.plan.num_steps, state.step
+        if state.step < self.num_steps:
+            return
+        if not self.stopped and not state.metrics:
+            beside.evaluate(state)
+        beside.save(state)
+        if self.stopped:
+            self.trackers.message(f"interrupted: step {state.step} is saved, --resume goes on from there")
+        else:
+            beside.finish(self._before)
+
+    def alone(self) -> None:
+        """The coordinator has been away for long: what there is is saved, and training waits."""
+        self.trackers.message("the coordinator is away; what was committed is saved, and this worker waits for it")
+        if self._leads and self._beside is not None:
+            self._beside.save.alone(self._state)
+
+    def _begin(self, seat: Seat) -> Outcome:
+        """What this worker begins with."""
+        if self._job.resume is None:
+            return START
+        if not seat.first:
+            return NOTHING
+        checkpoint = restore(self._state, self._checkpointer, self._job.resume, self._loaded.facts)
+        if checkpoint is None:
+            return START
+        self._wandb_id = checkpoint.meta.wandb_id or self._wandb_id
+        files = {name: entry.sha256 for name, entry in checkpoint.manifest.files.items()}
+        # Whoever goes on from the same checkpoint has the same state; from the gradient that led to it, nobody knows.
+        return Outcome(self._state.step, hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16])
+
+    def _in_group(self, group: Communicator, info: StepInfo | None) -> Beside:
+        """What is done beside steps, in this group."""
+        if self._beside is None or group is not self._group:
+            self._follow(group.rank == 0, info)
+            self._group = group
+            self._beside = Beside(
+                self._config,
+                self._job.run_id,
+                self._wandb_id,
+                self._loaded,
+                self._state,
+                group,
+                self._checkpointer,
+                self.trackers,
+            )
+            if not self._state.step or info is None:
+                self._beside.introduce()
+        return self._beside
+
+    def _follow(self, leads: bool, info: StepInfo | None) -> None:
+        """Open the trackers of rank 0, or of another one, where this worker has become that."""
+        if leads and not self._leads:
+            with contextlib.suppress(FileNotFoundError):  # Another worker of this folder has done so.
+                accept_config(self._config)
+            self.trackers.finish(0)
+            step = self._state.step - (info is not None)  # Of this step somebody may have told, or not.
+            metrics = self._state.metrics if info is None else {}
+            total = self._loaded.plan.num_steps
+            self.trackers = open_trackers(self._config, total, self._wandb_id, step or None, metrics)
+        elif not leads and (self._leads or self._beside is None):
+            self.trackers.finish(0)
+            self.trackers = Trackers([ConsoleTracker(self._loaded.plan.num_steps)] if self._job.log else [])
+        self._leads = leads
