@@ -1,17 +1,16 @@
 """`GrpcComm`: a group of ranks over gRPC, in host memory.
 
-One asyncio loop in one thread carries everything; a second loop in a process would share its poller and slow both.
-The thread that calls blocks while the loop works, and only that thread touches MLX: the loop sees bytes.
+The thread that calls blocks while the loop of the `Endpoint` works, and only that thread touches MLX: the loop sees
+bytes.
 """
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import math
-import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
@@ -19,6 +18,7 @@ import numpy as np
 from mlx_distributed.comm.base import Parts, Pending, Traffic
 from mlx_distributed.comm.buckets import NUMPY_DTYPES, Bucket, BucketLayout
 from mlx_distributed.comm.compress import Feedback
+from mlx_distributed.comm.endpoint import Endpoint
 from mlx_distributed.comm.grpc_streams import Streams
 from mlx_distributed.comm.hello import Membership
 from mlx_distributed.comm.malloc import keep_freed_memory
@@ -41,22 +41,22 @@ if TYPE_CHECKING:
 _INTERNAL_TAG = 1 << 31
 """Tags from here on belong to `all_gather` and `broadcast`."""
 
-T = TypeVar("T")
-
 
 class GrpcComm:
-    """A group over gRPC; see `base.Communicator` for the calls.
+    """A group over gRPC; see `base.Communicator` for the calls. `interrupt` and `silent` are for any thread.
 
     Args:
         rank: of this worker in the group.
         size: of the group.
         run_id: secret of the run; a connection that does not know it is refused.
-        generation: of the group; frames of another one are refused.
+        generation: of the group, below 2 ** 63; frames of another one are refused.
         timeout_s: a peer that is waited for and sends nothing for so long is given up.
         listen: address to listen on; port 0 takes a free one.
         bandwidths: of each rank's link, in any unit, the same on every rank; None means that they are alike.
-        identity: of the run, for mutual TLS; None means that nothing is encrypted. TLS about doubles the processor
-            time, so ranks on one machine go without: the secret of the run is checked either way.
+        identity: of the run, for mutual TLS; None means that nothing is encrypted. TLS takes 1.6 times the processor
+            time (fp32, measured), so ranks on one machine go without: the secret of the run is checked either way.
+        endpoint: that the group is reached at, in place of `listen` and `identity`, and that outlives it: the next
+            group there has a higher generation, and may begin as soon as this one is closed.
 
     Raises:
         CommError: the address cannot be listened on.
@@ -72,6 +72,7 @@ class GrpcComm:
         listen: str = "127.0.0.1:0",
         bandwidths: Sequence[float] | None = None,
         identity: Identity | None = None,
+        endpoint: Endpoint | None = None,
     ) -> None:
         keep_freed_memory()
         self.rank, self.size, self.generation = rank, size, generation
@@ -79,17 +80,18 @@ class GrpcComm:
         bandwidths = bandwidths or [1.0] * size
         self._shares, self._fineness = ownership(bandwidths), fineness(bandwidths)
         self._session = Session(rank, generation, group_tag(run_id, generation), timeout_s)
-        self._streams = Streams(Membership(run_id, generation, rank, size), self._session, identity)
         self._num_reductions = self._num_messages = 0
         self._closed = False
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name=f"grpc-comm-{rank}", daemon=True)
-        self._thread.start()
-        try:
-            self.address = self._run(self._streams.listen(listen))
-        except CommError:
-            self._stop_thread()
-            raise
+        self._own_endpoint = endpoint is None
+        self._endpoint = endpoint or Endpoint(listen, identity)
+        self._call, self._run = self._endpoint.call, self._endpoint.run
+        self._streams = Streams(Membership(run_id, generation, rank, size), self._session, self._endpoint.identity)
+        self._call(self._endpoint.serve, self._streams, self._own_endpoint)
+
+    @property
+    def address(self) -> str:
+        """Where the group is reached at this rank."""
+        return self._endpoint.address
 
     def connect(self, addresses: Sequence[str]) -> None:
         """Join the group: dial the higher ranks, wait for the lower ones.
@@ -140,12 +142,14 @@ class GrpcComm:
 
     def all_gather(self, array: mx.array, what: str) -> list[mx.array]:
         name, tag = f"all_gather of {what}", self._internal_tag()
+        self._check(name, time.monotonic())
         for peer in self._peers():
             self._send(array, peer, tag, name)
         return [array if peer == self.rank else self._recv(peer, tag, name) for peer in range(self.size)]
 
     def broadcast(self, array: mx.array | None, root: int, what: str) -> mx.array:
         name, tag = f"broadcast of {what}", self._internal_tag()
+        self._check(name, time.monotonic())
         if self.rank != root:
             return self._recv(root, tag, name)
         assert array is not None
@@ -174,9 +178,27 @@ class GrpcComm:
         self._closed = True
         if error is not None:
             self._call(self._session.fail, self.rank, " ".join(str(error).split()) or type(error).__name__)
-        self._run(self._session.close())
-        self._run(self._streams.close())
-        self._stop_thread()
+        with contextlib.suppress(CommError):  # Where the endpoint is closed, the group is.
+            self._run(self._session.close())
+        leaving = self._endpoint.start(self._endpoint.leave(self._streams))
+        if self._own_endpoint:
+            leaving.result()
+            self._endpoint.close()
+
+    def interrupt(self, reason: str) -> None:
+        """End the call under way, and every later one, with a `CommError` that says so; the peers are told."""
+        self._call(self._session.fail, None, reason)
+
+    def silent(self, for_s: float) -> list[int]:
+        """The ranks that the operation under way waits for, and that nothing has gone to or come from for so long."""
+
+        async def ask() -> list[int]:
+            return self._session.silent(for_s)
+
+        try:
+            return self._run(ask())
+        except CommError:
+            return []  # Closed meanwhile.
 
     def _start(
         self,
@@ -213,7 +235,7 @@ class GrpcComm:
             await self._session.wait(name, lambda: reduction.done, reduction.waiting_for, begun_s)
             return time.monotonic()
 
-        finished = asyncio.run_coroutine_threadsafe(finish(), self._loop)
+        finished = self._endpoint.start(finish())
 
         def wait() -> list[mx.array]:
             self.traffic.reduce_s += max(finished.result() - given_s, 0.0)
@@ -251,17 +273,6 @@ class GrpcComm:
             raise CommError(name, None, self.generation, 0.0, "the communicator is closed")
         if self._session.failure is not None:
             raise self._session.error(name, begun_s)
-
-    def _call(self, function: Callable[..., None], *args: object) -> None:
-        self._loop.call_soon_threadsafe(function, *args)
-
-    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
-
-    def _stop_thread(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
 
 
 def _packed(layout: Sequence[BucketLayout], buckets: Iterable[Parts]) -> Iterator[dict[Node, np.ndarray]]:

@@ -1,7 +1,8 @@
-"""The gRPC streams of one rank: it listens, dials the higher ranks, and hands a stream over when it knows whose it is.
+"""The gRPC streams of one rank: it dials the higher ranks, is dialled by the lower ones through its `Endpoint`, and
+hands a stream over to the session when it knows whose it is.
 
 There is one long-lived stream per pair of ranks, dialled by the lower one; its first message each way is a protobuf
-`Hello`, all others are the session's. Every method runs in the thread of the session's loop.
+`Hello`, all others are the session's. Every method runs in the thread of the endpoint's loop.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from mlx_distributed.comm._pb import collective_pb2 as pb
 from mlx_distributed.comm.hello import Membership
 from mlx_distributed.comm.session import LINGER_S, Link, Session
 from mlx_distributed.comm.wire import MAX_MESSAGE_BYTES
-from mlx_distributed.errors import CommError
 
 if TYPE_CHECKING:
     from mlx_distributed.comm.tls import Identity  # imports a library that a group without TLS need not wait for
 
 SERVICE, METHOD = "mlx_distributed.v1.Collective", "Exchange"
+EXCHANGE = f"/{SERVICE}/{METHOD}"
 
 OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -39,15 +40,13 @@ OPTIONS = [
     ("grpc.so_reuseport", 0),
     # Gradients do not go through a web proxy.
     ("grpc.enable_http_proxy", 0),
+    # A connection for every stream: a new one must not stand behind what an old one has not yet got rid of.
+    ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
 
-HELLO_S = 10.0
-"""A connection that has not said who it is by then is closed."""
-MAX_STRANGERS = 16
-"""Connections that may be about to say so, besides those of the group."""
 REDIAL_S = 0.05
 """A peer that cannot be reached is dialled again after this."""
 
@@ -65,29 +64,19 @@ class Streams:
 
     def __init__(self, member: Membership, session: Session, identity: Identity | None) -> None:
         self._member, self._session, self._identity = member, session, identity
-        self._dialling: list[asyncio.Task[None]] = []
+        self._dialling: dict[int, asyncio.Task[None]] = {}
+        """By peer."""
+        self._carrying: set[asyncio.Task[None]] = set()
+        """Of the streams that are up."""
 
-    async def listen(self, address: str) -> str:
-        """Take connections from now on; returns the address with its port.
+    @property
+    def generation(self) -> int:
+        """Of the group."""
+        return self._member.generation
 
-        Raises:
-            CommError: the address cannot be listened on.
-        """
-        self._server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=self._member.size + MAX_STRANGERS)
-        method = grpc.stream_stream_rpc_method_handler(self._serve)
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: method}),))
-        try:
-            if self._identity is None:
-                port = self._server.add_insecure_port(address)
-            else:
-                key, certificate = self._identity.key.encode(), self._identity.certificate.encode()
-                credentials = grpc.ssl_server_credentials([(key, certificate)], certificate, require_client_auth=True)
-                port = self._server.add_secure_port(address, credentials)
-        except RuntimeError:
-            reason = f"cannot listen on {address}; is the port in use? Choose another, or 0 for a free one"
-            raise CommError("listen", None, self._member.generation, 0.0, reason) from None
-        await self._server.start()
-        return f"{address.rpartition(':')[0]}:{port}"
+    def fail(self, reason: str) -> None:
+        """Give the group up."""
+        self._session.fail(None, reason)
 
     async def connect(self, addresses: Sequence[str]) -> None:
         """Dial the higher ranks, wait for the lower ones.
@@ -99,31 +88,43 @@ class Streams:
         peers = set(range(size)) - {rank}
         how = "" if self._identity is None else " with the certificate of this run"
         self._session.absent = dict.fromkeys(peers, f"no connection{how}")
-        self._dialling = [asyncio.create_task(self._dial(peer, addresses[peer])) for peer in range(rank + 1, size)]
+        for peer in range(rank + 1, size):
+            self._dialling[peer] = asyncio.create_task(self._dial(peer, addresses[peer]))
         begun_s = time.monotonic()
         await self._session.wait("connect", lambda: peers <= links.keys(), lambda: peers - links.keys(), begun_s)
 
     async def close(self) -> None:
-        """Let go of all streams, when the session is closed."""
-        # After a failure the session has lingered already, and whoever waits for the end has waited long enough.
-        grace_s = LINGER_S if self._session.failure is None else 0.0
-        if self._dialling:
-            await asyncio.wait(self._dialling, timeout=grace_s)
-        for task in self._dialling:
+        """Let go of all streams: as soon as the peers have, or in `LINGER_S`."""
+        begun_s = time.monotonic()
+        for peer, task in self._dialling.items():
+            if peer not in self._session.links:  # At once: we might yet be taken for a member.
+                task.cancel()
+        await self._session.linger()
+        tasks = [*self._carrying, *self._dialling.values()]
+        if tasks:
+            await asyncio.wait(tasks, timeout=max(LINGER_S - (time.monotonic() - begun_s), 0.0))
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._dialling, return_exceptions=True)
-        await self._server.stop(grace=grace_s)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _serve(self, _: object, context: grpc.aio.ServicerContext) -> None:
-        try:
-            hello = pb.Hello.FromString(await asyncio.wait_for(_bytes(context.read), HELLO_S))
-        except (ConnectionError, DecodeError, TimeoutError):
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be a Hello")
+    async def accept(self, hello: pb.Hello, context: grpc.aio.ServicerContext) -> None:
+        """A stream that has come in, from its Hello to its end; called in a task of its own."""
         refusal = self._member.refusal(hello, set(range(self._member.rank)) - self._session.links.keys())
         if refusal:
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, refusal)
         await context.write(self._member.hello().SerializeToString())
-        await self._session.carry(hello.rank, _link(context.read, context.write))
+        await self._carry(hello.rank, _link(context.read, context.write))
+
+    async def _carry(self, peer: int, link: Link) -> None:
+        # In a task of its own: the stream of a peer that does not leave is ended by a return, as gRPC tells nobody of a
+        # handler that was cancelled.
+        carrying = asyncio.create_task(self._session.carry(peer, link))
+        self._carrying.add(carrying)
+        try:
+            await asyncio.wait([carrying])
+        finally:
+            carrying.cancel()
+            self._carrying.discard(carrying)
 
     def _channel(self, address: str) -> grpc.aio.Channel:
         if self._identity is None:
@@ -136,10 +137,10 @@ class Streams:
     async def _dial(self, peer: int, address: str) -> None:
         async with self._channel(address) as channel:
             while True:
-                call = channel.stream_stream(f"/{SERVICE}/{METHOD}")()
+                call = channel.stream_stream(EXCHANGE)()
                 try:
                     await call.write(self._member.hello().SerializeToString())
-                    answer = pb.Hello.FromString(await _bytes(call.read))
+                    answer = pb.Hello.FromString(await read_bytes(call.read))
                     break
                 except (ConnectionError, DecodeError, *_RPC_ERRORS):
                     await self._not_reached(peer, address, call)
@@ -149,7 +150,7 @@ class Streams:
             if refusal:
                 self._session.fail(peer, f"answers at {address} as somebody else: {refusal}")
                 return
-            await self._session.carry(peer, _link(call.read, call.write))
+            await self._carry(peer, _link(call.read, call.write))
             # The stream is torn down only when the peer has read our last frame and ended its side.
             await call.done_writing()
             await call.read()
@@ -167,7 +168,7 @@ class Streams:
             await asyncio.sleep(REDIAL_S)
 
 
-async def _bytes(read: Callable[[], Awaitable[Any]]) -> bytes:
+async def read_bytes(read: Callable[[], Awaitable[Any]]) -> bytes:
     """The next message; `ConnectionError` at the end of the stream, whatever ended it."""
     try:
         data = await read()
@@ -187,4 +188,4 @@ def _link(read: Callable[[], Awaitable[Any]], write: Callable[[bytes], Awaitable
         except _RPC_ERRORS as error:
             raise ConnectionError(str(error)) from None
 
-    return Link(lambda: _bytes(read), checked_write)
+    return Link(lambda: read_bytes(read), checked_write)

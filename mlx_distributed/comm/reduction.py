@@ -28,6 +28,11 @@ DIRECT_BYTES = 64 << 10
 """Up to this size a bucket takes one hop: latency counts there, and not bytes."""
 
 
+AHEAD = 1
+"""By so many buckets what a rank puts in may be ahead of the sums that it has, so that others need not keep more that
+cannot be added yet, however late one of them is."""
+
+
 class Operation(enum.Enum):
     """What ranks do with slices."""
 
@@ -66,8 +71,8 @@ def fineness(bandwidths: Sequence[float]) -> float:
     long as a whole one takes the fastest.
 
     What the slow rank gets lags behind what it sends by a chunk to every owner, and its link is busy both ways all the
-    time: over 1000/1000/200 Mbit/s whole chunks of 16 MB took 1.25 of the optimum, these 1.10, as bare sockets do.
-    Chunks below an eighth cost more than they gain.
+    time: over 1000/1000/200 Mbit/s whole chunks of 16 MB took 1.25 of the optimum, these 1.10 to 1.19, as bare sockets
+    do. Chunks below an eighth cost more than they gain.
     """
     return max(min(bandwidths) / max(bandwidths), 1 / 8)
 
@@ -185,10 +190,18 @@ class Reduction:
         # From the next rank on: if all began with the same one, they would wait for each other at its door.
         self._peers = [(rank + offset) % self._size for offset in range(1, self._size)]
         self._not_ended = set(range(self._size))
+        self._reached = [-1] * self._size
+        """By rank, the last bucket of which it has put in something, as far as is known."""
+        self._oldest = 0
+        """All buckets before this one are complete."""
         self._buckets: list[_BucketState] = []
         for index, bucket in enumerate(buckets):
             codec = codec_for(bucket.wire, bucket.dtype)
             num_bytes = bucket.num_elements * bucket.dtype.itemsize
+            # Of two ranks, one with k partial sums of a bucket sends k times its bytes, in two hops (k + 1) / 2 times.
+            # That is as much where the range of a rank is aligned with the tree (k = 1). Where it is not, bytes are
+            # given for a hop, and for rounding once and not twice in a lossy format: ranks would have to agree on what
+            # each of them gives to every bucket before they begin.
             direct = operation is Operation.ALL_REDUCE and (self._size <= 2 or num_bytes <= DIRECT_BYTES)
             whole = (0, bucket.num_elements)
             owned = [whole] * self._size if direct else slices(bucket.num_elements, shares, index)
@@ -212,6 +225,7 @@ class Reduction:
     def contribute(self, index: int, parts: Mapping[Node, np.ndarray], result: np.ndarray) -> Iterator[Outgoing]:
         """Put in this rank's partial sums of one bucket: flat buffers, which must not be changed afterwards. The sum
         of all ranks is written into `result`, and is whole when `done`."""
+        self._reached[self._rank] = index
         state = self._buckets[index]
         state.result = result
         while state.early:
@@ -229,6 +243,18 @@ class Reduction:
                         yield from ((peer, part) for peer in to)
                     if owner == self._rank:
                         yield from self._add(index, chunk, node, values)
+
+    def has_room(self, index: int) -> bool:
+        """Whether parts of a bucket may be put in: the buckets long before it are complete."""
+        while self._oldest < len(self._buckets) and not any(self._buckets[self._oldest].missing):
+            self._oldest += 1
+        return index <= self._oldest + AHEAD
+
+    def is_due(self, frame: Frame) -> bool:
+        """Whether a frame may be received already: nobody waits for the parts of a rank that holds none, and others may
+        be further ahead of it."""
+        ahead = frame.kind is not Kind.END and frame.bucket < len(self._buckets)
+        return not ahead or frame.bucket <= self._reached[self._rank] + AHEAD + 1
 
     def end(self) -> Iterator[Outgoing]:
         """All parts of this rank have been put in."""
@@ -259,6 +285,7 @@ class Reduction:
                 raise FrameError("sent a part where there are none")
             if peer not in self._not_ended:
                 raise FrameError("sent a part after its last one")
+            self._reached[peer] = max(frame.bucket, self._reached[peer])
             yield from self._add(frame.bucket, frame.chunk, (frame.lo, frame.hi), values)
         else:
             if frame.chunk not in state.missing[peer]:
@@ -266,9 +293,11 @@ class Reduction:
             self._finish_chunk(frame.bucket, peer, frame.chunk, values)
 
     def waiting_for(self) -> set[int]:
-        """The ranks whose frames are missing: first those that have not sent their parts, then owners of results."""
-        if self._not_ended:
-            return self._not_ended - {self._rank}
+        """The ranks whose frames are missing: first, of those that have not sent all their parts, the furthest behind,
+        which may be holding up the others; then owners of results."""
+        if late := self._not_ended - {self._rank}:
+            last = min(self._reached[peer] for peer in late)
+            return {peer for peer in late if self._reached[peer] == last}
         return {peer for state in self._buckets for peer in range(self._size) if state.missing[peer]} - {self._rank}
 
     @property

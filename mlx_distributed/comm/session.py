@@ -95,11 +95,13 @@ class Session:
         """Peer and tag of the message that is waited for."""
         self._message: _Message | None = None
         """The last one queued: the next peer may get the same."""
-        self._outbox: deque[Iterator[Outgoing]] = deque()
-        """What is still to be queued: frames are made as they are asked for."""
+        self._outbox: deque[tuple[Iterator[Outgoing], Callable[[], bool]]] = deque()
+        """What is still to be queued, and from when on: frames are made as they are asked for."""
         self._pump: asyncio.Task[None] | None = None
         """Empties the outbox. Nobody waits for it, and a loop holds on to its tasks only weakly."""
         self._waiters: set[asyncio.Future[None]] = set()
+        self._waits: list[dict[int, float]] = []
+        """Whom each call that waits waits for, and since when of the monotonic clock."""
 
     def error(self, name: str, start_s: float) -> CommError:
         """The failure as the error of the operation `name`, begun at `start_s` of the monotonic clock."""
@@ -122,6 +124,10 @@ class Session:
             self._leave(link, Frame(Kind.ABORT, payload=payload))
         self._notify()
 
+    def silent(self, for_s: float) -> list[int]:
+        """The ranks that are waited for, and have been silent for so long."""
+        return sorted({peer for since_s in self._waits for peer in since_s if self._silent_s(peer, since_s) >= for_s})
+
     def begin(self, reduction: Reduction) -> None:
         """Start an operation: frames of it are taken in from now on."""
         self._op, self._reduction = reduction.op, reduction
@@ -131,7 +137,7 @@ class Session:
         self, reduction: Reduction, index: int, parts: Mapping[Node, np.ndarray], result: np.ndarray, last: bool
     ) -> None:
         """Put in this rank's parts of one bucket."""
-        self._put_out(reduction.contribute(index, parts, result))
+        self._put_out(reduction.contribute(index, parts, result), lambda: not parts or reduction.has_room(index))
         if last:  # Here, and not in a call of its own, so that small parts and the end are one message.
             self.end(reduction)
 
@@ -162,22 +168,29 @@ class Session:
         Raises:
             CommError: the session has failed, or a peer that is waited for has left or been silent for `timeout_s`.
         """
-        start_s = time.monotonic()
-        while not done():
-            if self.failure is not None:
-                raise self.error(name, begun_s)
-            left_s = self.timeout_s
-            for peer in sorted(waiting_for()):
-                link = self.links.get(peer)
-                silent_s = time.monotonic() - max(link.moved_s if link else start_s, start_s)
-                left_s = min(left_s, self.timeout_s - silent_s)
-                if link and link.left:
-                    self.fail(peer, "has left the group")
-                elif silent_s >= self.timeout_s:
-                    reason = f"sent nothing for {silent_s:.1f} s"
-                    self.fail(peer, reason if link else f"{reason} ({self.absent[peer]})")
-            if self.failure is None:
-                await self._change(left_s)
+        since_s: dict[int, float] = {}
+        self._waits.append(since_s)
+        try:
+            while not done():
+                if self.failure is not None:
+                    raise self.error(name, begun_s)
+                left_s, peers = self.timeout_s, waiting_for()
+                for peer in since_s.keys() - peers:
+                    del since_s[peer]
+                for peer in sorted(peers):
+                    since_s.setdefault(peer, time.monotonic())
+                    link = self.links.get(peer)
+                    silent_s = self._silent_s(peer, since_s)
+                    left_s = min(left_s, self.timeout_s - silent_s)
+                    if link and link.left:
+                        self.fail(peer, "has left the group")
+                    elif silent_s >= self.timeout_s:
+                        reason = f"sent nothing for {silent_s:.1f} s"
+                        self.fail(peer, reason if link else f"{reason} ({self.absent[peer]})")
+                if self.failure is None:
+                    await self._change(left_s)
+        finally:
+            self._waits = [other for other in self._waits if other is not since_s]
 
     async def carry(self, peer: int, link: Link) -> None:
         """Read from and write to a peer until both sides have taken their leave, or the stream ends."""
@@ -209,13 +222,16 @@ class Session:
             writer.cancel()
 
     async def close(self) -> None:
-        """Say goodbye to every peer and wait until they have done so too, within the deadline."""
+        """Say goodbye to every peer and wait until they have done so too, within the deadline; or for the failure."""
         if self.failure is None:
             for link in self.links.values():
                 self._leave(link, Frame(Kind.BYE))
             await self._until(lambda: not self._staying(), self.timeout_s)
             if self._staying():
                 self.fail(min(self._staying()), "did not take its leave")
+
+    async def linger(self) -> None:
+        """Until every peer has left, but not for long."""
         limit_s = time.monotonic() + LINGER_S
         while self._staying() and (left_s := limit_s - time.monotonic()) > 0:
             await self._change(left_s)
@@ -223,6 +239,11 @@ class Session:
     def _staying(self) -> set[int]:
         """The peers that have not left."""
         return {peer for peer, link in self.links.items() if not link.left}
+
+    def _silent_s(self, peer: int, since_s: Mapping[int, float]) -> float:
+        """For how long nothing has gone either way, while the peer was waited for."""
+        link = self.links.get(peer)
+        return time.monotonic() - max(link.moved_s if link else -math.inf, since_s[peer])
 
     def _leave(self, link: Link, frame: Frame) -> None:
         link.queue.put_nowait(_Message(frame))
@@ -239,9 +260,10 @@ class Session:
         self.sent_bytes += HEADER_BYTES + len(frame.payload)
         self.links[peer].queue.put_nowait(self._message)
 
-    def _put_out(self, outgoing: Iterator[Outgoing]) -> None:
-        """Queue frames as their peers can take them; those of a later call follow those of an earlier one."""
-        self._outbox.append(outgoing)
+    def _put_out(self, outgoing: Iterator[Outgoing], has_room: Callable[[], bool] = lambda: True) -> None:
+        """Queue frames when there is room for them all, and as their peers can take them; those of a later call follow
+        those of an earlier one."""
+        self._outbox.append((outgoing, has_room))
         if len(self._outbox) == 1:
             self._pump = asyncio.create_task(self._empty_outbox())
 
@@ -250,7 +272,9 @@ class Session:
         is under way is bounded, and the line and the codec work at the same time."""
         try:
             while self._outbox:
-                for peer, frame in self._outbox[0]:
+                outgoing, has_room = self._outbox[0]
+                await self._until(has_room)
+                for peer, frame in outgoing:
                     await self._room(self.links[peer])
                     if self.failure is not None:
                         break
@@ -299,6 +323,8 @@ class Session:
         else:
             # A peer may be one operation ahead. Not reading on until we get there bounds what it can make us hold.
             await self._until(lambda: self._op >= frame.op)
+            # Nor may it be far ahead of us within one.
+            await self._until(lambda: self._reduction is None or self._reduction.is_due(frame))
             if self._reduction is None or self._reduction.op != frame.op:
                 raise FrameError(f"sent a frame of operation {frame.op}, and this is operation {self._op}")
             self.post(self._reduction.receive(peer, frame))

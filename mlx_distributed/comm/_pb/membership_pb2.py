@@ -24,39 +24,47 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)mlx_distributed/comm/_pb/membership.proto\x12\x12mlx_distributed.v1\"\x87\x01\n\nFromWorker\x12.\n\x07\x61rrival\x18\x01 \x01(\x0b\x32\x1b.mlx_distributed.v1.ArrivalH\x00\x12\x30\n\x08standing\x18\x02 \x01(\x0b\x32\x1c.mlx_distributed.v1.StandingH\x00\x12\x0f\n\x05leave\x18\x03 \x01(\tH\x00\x42\x06\n\x04\x62ody\"\x9c\x02\n\x0f\x46romCoordinator\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12,\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x1a.mlx_distributed.v1.CommitH\x00\x12*\n\x05\x65nter\x18\x03 \x01(\x0b\x32\x19.mlx_distributed.v1.EpochH\x00\x12*\n\x05\x66\x65tch\x18\x04 \x01(\x0b\x32\x19.mlx_distributed.v1.FetchH\x00\x12.\n\x07\x65victed\x18\x05 \x01(\x0b\x32\x1b.mlx_distributed.v1.EvictedH\x00\x12\x11\n\x07refused\x18\x06 \x01(\tH\x00\x12*\n\x05\x65nded\x18\x07 \x01(\x0b\x32\x19.mlx_distributed.v1.EndedH\x00\x42\x06\n\x04\x62ody\")\n\x07\x45pochId\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\"\'\n\x07Outcome\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\"J\n\x04Seat\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0e\n\x06weight\x18\x04 \x01(\x01\"\x99\x01\n\x05\x45poch\x12\'\n\x02id\x18\x01 \x01(\x0b\x32\x1b.mlx_distributed.v1.EpochId\x12.\n\tcommitted\x18\x02 \x01(\x0b\x32\x1b.mlx_distributed.v1.Outcome\x12\'\n\x05seats\x18\x03 \x03(\x0b\x32\x18.mlx_distributed.v1.Seat\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\xad\x01\n\x07\x41rrival\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0e\n\x06run_id\x18\x04 \x01(\t\x12\x17\n\x0fprogram_version\x18\x05 \x01(\t\x12\x15\n\rconfig_digest\x18\x06 \x01(\t\x12.\n\x08standing\x18\x07 \x01(\x0b\x32\x1c.mlx_distributed.v1.Standing\"\xa0\x02\n\x08Standing\x12\x0e\n\x06serial\x18\x01 \x01(\x04\x12.\n\tcommitted\x18\x02 \x01(\x0b\x32\x1b.mlx_distributed.v1.Outcome\x12/\n\x05\x65poch\x18\x03 \x01(\x0b\x32\x1b.mlx_distributed.v1.EpochIdH\x00\x88\x01\x01\x12\x32\n\x08prepared\x18\x04 \x01(\x0b\x32\x1b.mlx_distributed.v1.OutcomeH\x01\x88\x01\x01\x12\r\n\x05speed\x18\x05 \x01(\x01\x12\x13\n\x0bwaiting_for\x18\x06 \x03(\t\x12+\n\x04lost\x18\x07 \x01(\x0b\x32\x18.mlx_distributed.v1.LossH\x02\x88\x01\x01\x42\x08\n\x06_epochB\x0b\n\t_preparedB\x07\n\x05_lost\"$\n\x04Loss\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"s\n\x06\x43ommit\x12,\n\x07outcome\x18\x01 \x01(\x0b\x32\x1b.mlx_distributed.v1.Outcome\x12*\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x1b.mlx_distributed.v1.EpochId\x12\x0f\n\x07weights\x18\x03 \x03(\x01\"F\n\x05\x46\x65tch\x12,\n\x07outcome\x18\x01 \x01(\x0b\x32\x1b.mlx_distributed.v1.Outcome\x12\x0f\n\x07sources\x18\x02 \x03(\t\"-\n\x07\x45victed\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x12\n\nmust_fetch\x18\x02 \x01(\x08\"\'\n\x05\x45nded\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61iled\x18\x02 \x01(\x08\x32_\n\nMembership\x12Q\n\x06\x41ttend\x12\x1e.mlx_distributed.v1.FromWorker\x1a#.mlx_distributed.v1.FromCoordinator(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)mlx_distributed/comm/_pb/membership.proto\x12\x12mlx_distributed.v1\"\t\n\x07Nothing\"z\n\x0b\x44\x65scription\x12\x17\n\x0fprogram_version\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x10\n\x08wandb_id\x18\x03 \x01(\t\x12\x0e\n\x06\x63onfig\x18\x04 \x01(\t\x12\x0b\n\x03key\x18\x05 \x01(\t\x12\x13\n\x0b\x63\x65rtificate\x18\x06 \x01(\t\"\xde\x01\n\tRunStatus\x12\x17\n\x0fprogram_version\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12*\n\x05\x65poch\x18\x03 \x01(\x0b\x32\x1b.mlx_distributed.v1.EpochId\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x15\n\rnum_committed\x18\x05 \x01(\x03\x12\x11\n\tnum_steps\x18\x06 \x01(\x03\x12\x0f\n\x07waiting\x18\x07 \x01(\t\x12\x31\n\x07members\x18\x08 \x03(\x0b\x32 .mlx_distributed.v1.MemberStatus\"\xac\x01\n\x0cMemberStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x11\n\tconnected\x18\x03 \x01(\x08\x12\x13\n\x06weight\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\rnum_committed\x18\x05 \x01(\x03\x12\r\n\x05speed\x18\x06 \x01(\x01\x12\x10\n\x08silent_s\x18\x07 \x01(\x01\x12\x12\n\nwaited_for\x18\x08 \x01(\x08\x42\t\n\x07_weight\"\x87\x01\n\nFromWorker\x12.\n\x07\x61rrival\x18\x01 \x01(\x0b\x32\x1b.mlx_distributed.v1.ArrivalH\x00\x12\x30\n\x08standing\x18\x02 \x01(\x0b\x32\x1c.mlx_distributed.v1.StandingH\x00\x12\x0f\n\x05leave\x18\x03 \x01(\tH\x00\x42\x06\n\x04\x62ody\"\x9c\x02\n\x0f\x46romCoordinator\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12,\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x1a.mlx_distributed.v1.CommitH\x00\x12*\n\x05\x65nter\x18\x03 \x01(\x0b\x32\x19.mlx_distributed.v1.EpochH\x00\x12*\n\x05\x66\x65tch\x18\x04 \x01(\x0b\x32\x19.mlx_distributed.v1.FetchH\x00\x12.\n\x07\x65victed\x18\x05 \x01(\x0b\x32\x1b.mlx_distributed.v1.EvictedH\x00\x12\x11\n\x07refused\x18\x06 \x01(\tH\x00\x12*\n\x05\x65nded\x18\x07 \x01(\x0b\x32\x19.mlx_distributed.v1.EndedH\x00\x42\x06\n\x04\x62ody\")\n\x07\x45pochId\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\"\'\n\x07Outcome\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\"J\n\x04Seat\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0e\n\x06weight\x18\x04 \x01(\x01\"\x99\x01\n\x05\x45poch\x12\'\n\x02id\x18\x01 \x01(\x0b\x32\x1b.mlx_distributed.v1.EpochId\x12.\n\tcommitted\x18\x02 \x01(\x0b\x32\x1b.mlx_distributed.v1.Outcome\x12\'\n\x05seats\x18\x03 \x03(\x0b\x32\x18.mlx_distributed.v1.Seat\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\xad\x01\n\x07\x41rrival\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0e\n\x06run_id\x18\x04 \x01(\t\x12\x17\n\x0fprogram_version\x18\x05 \x01(\t\x12\x15\n\rconfig_digest\x18\x06 \x01(\t\x12.\n\x08standing\x18\x07 \x01(\x0b\x32\x1c.mlx_distributed.v1.Standing\"\xa0\x02\n\x08Standing\x12\x0e\n\x06serial\x18\x01 \x01(\x04\x12.\n\tcommitted\x18\x02 \x01(\x0b\x32\x1b.mlx_distributed.v1.Outcome\x12/\n\x05\x65poch\x18\x03 \x01(\x0b\x32\x1b.mlx_distributed.v1.EpochIdH\x00\x88\x01\x01\x12\x32\n\x08prepared\x18\x04 \x01(\x0b\x32\x1b.mlx_distributed.v1.OutcomeH\x01\x88\x01\x01\x12\r\n\x05speed\x18\x05 \x01(\x01\x12\x13\n\x0bwaiting_for\x18\x06 \x03(\t\x12+\n\x04lost\x18\x07 \x01(\x0b\x32\x18.mlx_distributed.v1.LossH\x02\x88\x01\x01\x42\x08\n\x06_epochB\x0b\n\t_preparedB\x07\n\x05_lost\"$\n\x04Loss\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"s\n\x06\x43ommit\x12,\n\x07outcome\x18\x01 \x01(\x0b\x32\x1b.mlx_distributed.v1.Outcome\x12*\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x1b.mlx_distributed.v1.EpochId\x12\x0f\n\x07weights\x18\x03 \x03(\x01\"F\n\x05\x46\x65tch\x12,\n\x07outcome\x18\x01 \x01(\x0b\x32\x1b.mlx_distributed.v1.Outcome\x12\x0f\n\x07sources\x18\x02 \x03(\t\"-\n\x07\x45victed\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x12\n\nmust_fetch\x18\x02 \x01(\x08\"\'\n\x05\x45nded\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61iled\x18\x02 \x01(\x08\x32\xef\x01\n\nMembership\x12Q\n\x06\x41ttend\x12\x1e.mlx_distributed.v1.FromWorker\x1a#.mlx_distributed.v1.FromCoordinator(\x01\x30\x01\x12H\n\x08\x44\x65scribe\x12\x1b.mlx_distributed.v1.Nothing\x1a\x1f.mlx_distributed.v1.Description\x12\x44\n\x06Status\x12\x1b.mlx_distributed.v1.Nothing\x1a\x1d.mlx_distributed.v1.RunStatusb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mlx_distributed.comm._pb.membership_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FROMWORKER']._serialized_start=66
-  _globals['_FROMWORKER']._serialized_end=201
-  _globals['_FROMCOORDINATOR']._serialized_start=204
-  _globals['_FROMCOORDINATOR']._serialized_end=488
-  _globals['_EPOCHID']._serialized_start=490
-  _globals['_EPOCHID']._serialized_end=531
-  _globals['_OUTCOME']._serialized_start=533
-  _globals['_OUTCOME']._serialized_end=572
-  _globals['_SEAT']._serialized_start=574
-  _globals['_SEAT']._serialized_end=648
-  _globals['_EPOCH']._serialized_start=651
-  _globals['_EPOCH']._serialized_end=804
-  _globals['_ARRIVAL']._serialized_start=807
-  _globals['_ARRIVAL']._serialized_end=980
-  _globals['_STANDING']._serialized_start=983
-  _globals['_STANDING']._serialized_end=1271
-  _globals['_LOSS']._serialized_start=1273
-  _globals['_LOSS']._serialized_end=1309
-  _globals['_COMMIT']._serialized_start=1311
-  _globals['_COMMIT']._serialized_end=1426
-  _globals['_FETCH']._serialized_start=1428
-  _globals['_FETCH']._serialized_end=1498
-  _globals['_EVICTED']._serialized_start=1500
-  _globals['_EVICTED']._serialized_end=1545
-  _globals['_ENDED']._serialized_start=1547
-  _globals['_ENDED']._serialized_end=1586
-  _globals['_MEMBERSHIP']._serialized_start=1588
-  _globals['_MEMBERSHIP']._serialized_end=1683
+  _globals['_NOTHING']._serialized_start=65
+  _globals['_NOTHING']._serialized_end=74
+  _globals['_DESCRIPTION']._serialized_start=76
+  _globals['_DESCRIPTION']._serialized_end=198
+  _globals['_RUNSTATUS']._serialized_start=201
+  _globals['_RUNSTATUS']._serialized_end=423
+  _globals['_MEMBERSTATUS']._serialized_start=426
+  _globals['_MEMBERSTATUS']._serialized_end=598
+  _globals['_FROMWORKER']._serialized_start=601
+  _globals['_FROMWORKER']._serialized_end=736
+  _globals['_FROMCOORDINATOR']._serialized_start=739
+  _globals['_FROMCOORDINATOR']._serialized_end=1023
+  _globals['_EPOCHID']._serialized_start=1025
+  _globals['_EPOCHID']._serialized_end=1066
+  _globals['_OUTCOME']._serialized_start=1068
+  _globals['_OUTCOME']._serialized_end=1107
+  _globals['_SEAT']._serialized_start=1109
+  _globals['_SEAT']._serialized_end=1183
+  _globals['_EPOCH']._serialized_start=1186
+  _globals['_EPOCH']._serialized_end=1339
+  _globals['_ARRIVAL']._serialized_start=1342
+  _globals['_ARRIVAL']._serialized_end=1515
+  _globals['_STANDING']._serialized_start=1518
+  _globals['_STANDING']._serialized_end=1806
+  _globals['_LOSS']._serialized_start=1808
+  _globals['_LOSS']._serialized_end=1844
+  _globals['_COMMIT']._serialized_start=1846
+  _globals['_COMMIT']._serialized_end=1961
+  _globals['_FETCH']._serialized_start=1963
+  _globals['_FETCH']._serialized_end=2033
+  _globals['_EVICTED']._serialized_start=2035
+  _globals['_EVICTED']._serialized_end=2080
+  _globals['_ENDED']._serialized_start=2082
+  _globals['_ENDED']._serialized_end=2121
+  _globals['_MEMBERSHIP']._serialized_start=2124
+  _globals['_MEMBERSHIP']._serialized_end=2363
 # @@protoc_insertion_point(module_scope)

@@ -6,6 +6,66 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Nothing(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Description(_message.Message):
+    __slots__ = ("program_version", "run_id", "wandb_id", "config", "key", "certificate")
+    PROGRAM_VERSION_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    WANDB_ID_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    program_version: str
+    run_id: str
+    wandb_id: str
+    config: str
+    key: str
+    certificate: str
+    def __init__(self, program_version: _Optional[str] = ..., run_id: _Optional[str] = ..., wandb_id: _Optional[str] = ..., config: _Optional[str] = ..., key: _Optional[str] = ..., certificate: _Optional[str] = ...) -> None: ...
+
+class RunStatus(_message.Message):
+    __slots__ = ("program_version", "run_id", "epoch", "reason", "num_committed", "num_steps", "waiting", "members")
+    PROGRAM_VERSION_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    NUM_COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    program_version: str
+    run_id: str
+    epoch: EpochId
+    reason: str
+    num_committed: int
+    num_steps: int
+    waiting: str
+    members: _containers.RepeatedCompositeFieldContainer[MemberStatus]
+    def __init__(self, program_version: _Optional[str] = ..., run_id: _Optional[str] = ..., epoch: _Optional[_Union[EpochId, _Mapping]] = ..., reason: _Optional[str] = ..., num_committed: _Optional[int] = ..., num_steps: _Optional[int] = ..., waiting: _Optional[str] = ..., members: _Optional[_Iterable[_Union[MemberStatus, _Mapping]]] = ...) -> None: ...
+
+class MemberStatus(_message.Message):
+    __slots__ = ("name", "address", "connected", "weight", "num_committed", "speed", "silent_s", "waited_for")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    CONNECTED_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    NUM_COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    SPEED_FIELD_NUMBER: _ClassVar[int]
+    SILENT_S_FIELD_NUMBER: _ClassVar[int]
+    WAITED_FOR_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    address: str
+    connected: bool
+    weight: float
+    num_committed: int
+    speed: float
+    silent_s: float
+    waited_for: bool
+    def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., connected: _Optional[bool] = ..., weight: _Optional[float] = ..., num_committed: _Optional[int] = ..., speed: _Optional[float] = ..., silent_s: _Optional[float] = ..., waited_for: _Optional[bool] = ...) -> None: ...
+
 class FromWorker(_message.Message):
     __slots__ = ("arrival", "standing", "leave")
     ARRIVAL_FIELD_NUMBER: _ClassVar[int]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mlx_distributed.comm.buckets import BLOCK
 from mlx_distributed.comm.compress import CODECS, Feedback
 from mlx_distributed.comm.reduction import (
+    AHEAD,
     DIRECT_BYTES,
     BucketKind,
     Operation,
@@ -195,6 +196,40 @@ def test_waiting_names_the_rank_whose_parts_are_missing_then_the_owner_of_a_resu
     deliver(1, 0, results)
     assert ranks[0].waiting_for() == {2}
     assert not ranks[0].done
+
+
+def test_waiting_names_the_rank_that_holds_up_the_others() -> None:
+    """Rank 1 has no room for more while rank 2 is late: it is as silent, and not to blame."""
+    kinds = [BucketKind(10, F32)] * (AHEAD + 3)
+    values = np.ones(10, np.float32)
+    ranks = [Reduction(1, rank, [1 / 3] * 3, kinds, 3) for rank in range(3)]
+
+    def give(source: int, index: int) -> None:
+        result = np.empty(10, np.float32)
+        for peer, frame in list(ranks[source].contribute(index, {(source, source + 1): values}, result)):
+            assert ranks[peer].is_due(frame)
+            assert list(ranks[peer].receive(source, frame)) == []
+
+    for index in range(AHEAD + 1):
+        for rank in (0, 1):
+            assert ranks[rank].has_room(index)
+            give(rank, index)
+    assert not ranks[0].has_room(AHEAD + 1)
+    assert ranks[0].waiting_for() == ranks[1].waiting_for() == {2}
+    give(2, 0)
+    assert ranks[0].waiting_for() == {2}
+    assert ranks[0].has_room(AHEAD + 1)
+    assert not ranks[0].has_room(AHEAD + 2)
+
+
+def test_what_is_far_ahead_of_this_rank_is_not_due() -> None:
+    reduction = Reduction(1, 0, [0.5] * 2, [BucketKind(10, F32)] * 5, 2)
+    due = [bucket for bucket in range(5) if reduction.is_due(part(bucket=bucket))]
+    assert due == list(range(AHEAD + 1))
+    contribute(reduction, (0, 1))
+    assert [bucket for bucket in range(5) if reduction.is_due(part(bucket=bucket))] == [*due, AHEAD + 1]
+    assert reduction.is_due(Frame(Kind.END, 1))
+    assert reduction.is_due(part(bucket=5))  # To be refused.
 
 
 def contribute(reduction: Reduction, node: Node) -> None:
