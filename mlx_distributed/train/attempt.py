@@ -36,6 +36,8 @@ class Attempt:
         self._phases, self._state = phases, state
         self._work = phases.work(state.step)
         self._sums = phases.begin(state, self._work)
+        self.sums: Arrays = {}
+        """Over all ranks, the tally among them, as soon as they are there."""
         self._reduced: Reduced | None = None
         self._begun_s = time.monotonic()
         self._num_computed = 0
@@ -76,18 +78,20 @@ class Attempt:
         """
         begun_s, compute_s = time.monotonic(), self._compute_s
         reduce_s, sent_bytes = comm.traffic.reduce_s, comm.traffic.sent_bytes
-        sums = self._phases.start(self._state, self._work, self._computed(leaves, comm), comm)()
+        self.sums = self._phases.start(self._state, self._work, self._computed(leaves, comm), comm)()
         self._comm_s += comm.traffic.reduce_s - reduce_s
         self._sent_bytes += comm.traffic.sent_bytes - sent_bytes
         self._exposed_s += time.monotonic() - begun_s - (self._compute_s - compute_s)
-        digest = quick_digest(sums)
-        self._reduced = self._phases.reduced(self._state, self._work, sums)
+        digest = quick_digest(self.sums)
+        self._reduced = self._phases.reduced(self._state, self._work, dict(self.sums))
         return digest
 
     def commit(self) -> StepInfo:
         """Take the step. Touches no other machine."""
-        reduced = self._reduced
+        reduced, self.sums = self._reduced, {}  # The update lets go of them one by one.
         assert reduced is not None
+        for tree in self._sums.trees:
+            tree.parts.clear()
         self._phases.commit(self._state, self._work.step, reduced, LocalComm())
         return StepInfo(
             step=self._state.step,

@@ -6,11 +6,13 @@ import contextlib
 import hashlib
 import json
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from mlx_distributed import __version__
 from mlx_distributed.cli.beside import Beside
+from mlx_distributed.cli.elastic.transfer import snapshot_of, sums_layout, take, views
 from mlx_distributed.cli.errors import INTERRUPTED
 from mlx_distributed.cli.interrupt import Interrupt
 from mlx_distributed.cli.load import Loaded, load_all
@@ -20,10 +22,13 @@ from mlx_distributed.comm.base import Communicator, LocalComm
 from mlx_distributed.comm.endpoint import Endpoint
 from mlx_distributed.comm.grpc_comm import GrpcComm
 from mlx_distributed.comm.tls import Identity
+from mlx_distributed.comm.tree_sum import Node
 from mlx_distributed.config import to_dict
 from mlx_distributed.elastic.loop import run_elastic
 from mlx_distributed.elastic.membership import Membership
 from mlx_distributed.elastic.protocol import NOTHING, START, EpochId, Facts, Fetch, Outcome, WorkerId
+from mlx_distributed.elastic.recovery import NotReceived, fetch_state
+from mlx_distributed.elastic.snapshots import StateServer
 from mlx_distributed.elastic.worker import View
 from mlx_distributed.tracking import ConsoleTracker, Trackers
 from mlx_distributed.train.attempt import Attempt
@@ -74,11 +79,12 @@ def train_elastic(job: Job, seat: Seat, enroll: Callable[[int, str, Outcome], st
         interrupt: asks for a stop.
     """
     choose_device(job.config.train.device)
-    run = _Run(job, seat, interrupt)
-    endpoint = Endpoint(seat.listen, seat.identity)
+    server = StateServer(seat.token)
+    run = _Run(job, seat, interrupt, server)
+    run.endpoint = endpoint = Endpoint(seat.listen, seat.identity, handlers=server.handlers)
     facts = Facts(job.run_id, __version__, run.digest)
-    coordinator = enroll(run.num_steps, run.digest, run.begins_with)
-    view = View(WorkerId(seat.name, uuid.uuid4().hex), committed=run.begins_with)
+    coordinator = enroll(run.num_steps, run.digest, run.outcome)
+    view = View(WorkerId(seat.name, uuid.uuid4().hex), committed=run.outcome)
     member = Membership(coordinator, seat.token, facts, view, endpoint.address, seat.identity)
 
     def form(epoch: EpochId, rank: int, size: int) -> GrpcComm:
@@ -100,14 +106,18 @@ def train_elastic(job: Job, seat: Seat, enroll: Callable[[int, str, Outcome], st
 class _Run:
     """What this worker trains. Rank 0 of an epoch saves, tracks and speaks."""
 
-    def __init__(self, job: Job, seat: Seat, interrupt: Interrupt) -> None:
-        self._job, self._config = job, job.config
+    endpoint: Endpoint
+
+    def __init__(self, job: Job, seat: Seat, interrupt: Interrupt, server: StateServer) -> None:
+        self._job, self._config, self._token, self._server = job, job.config, seat.token, server
         self._loaded = load_all(job.config, LocalComm())
         self._state = init_state(self._loaded.model, job.config, LocalComm())
         self._checkpointer = make_checkpointer(job.config)
         self._wandb_id = job.wandb_id
         self.digest = config_digest(self._loaded, to_dict(job.config))
-        self.begins_with = self._begin(seat)
+        self.outcome = self._begin(seat)
+        """What the state is the state of."""
+        server.publish(snapshot_of(self._state, self.outcome))
         self._phases = Phases(job.config, self._loaded.plan, self._loaded.rows.train, lambda: interrupt.requested)
         self.num_steps = self._loaded.plan.num_steps
         self.stopped = False
@@ -121,11 +131,28 @@ class _Run:
     def step(self) -> int:
         return self._state.step
 
-    def attempt(self) -> Attempt:
-        return Attempt(self._phases, self._state)
+    def attempt(self) -> _Attempt:
+        return _Attempt(self, Attempt(self._phases, self._state))
 
     def fetch(self, offer: Fetch) -> Outcome | None:
-        return None
+        layout = partial(sums_layout, self._phases, self._state)
+        mine = snapshot_of(self._state, self.outcome)
+        try:
+            received = fetch_state(self.endpoint, offer.sources, offer.outcome, mine, layout, self._token)
+        except NotReceived as error:
+            self.trackers.message(f"the state could not be had: {error}")
+            return None
+        self.outcome = take(self._phases, self._state, self.outcome, received)
+        self._server.publish(snapshot_of(self._state, self.outcome))
+        return self.outcome
+
+    def commit(self, attempt: Attempt, outcome: Outcome) -> StepInfo:
+        """Take a step, and let others have what came of it."""
+        sums = views(attempt.sums) if self._server.release() else None
+        info = attempt.commit()
+        self.outcome = outcome
+        self._server.publish(snapshot_of(self._state, outcome), sums)
+        return info
 
     def taken(self, info: StepInfo | None, group: Communicator) -> None:
         beside, state = self._in_group(group, info), self._state
@@ -198,3 +225,33 @@ class _Run:
             self.trackers.finish(0)
             self.trackers = Trackers([ConsoleTracker(self._loaded.plan.num_steps)] if self._job.log else [])
         self._leads = leads
+
+
+class _Attempt:
+    """A step of a run of which others may want to have what came of it."""
+
+    def __init__(self, run: _Run, inner: Attempt) -> None:
+        self._run, self._inner = run, inner
+        self._digest = ""
+
+    @property
+    def num_leaves(self) -> int:
+        return self._inner.num_leaves
+
+    @property
+    def held(self) -> Sequence[Node]:
+        return self._inner.held
+
+    @property
+    def speed(self) -> float:
+        return self._inner.speed
+
+    def keep(self, nodes: Collection[Node]) -> None:
+        self._inner.keep(nodes)
+
+    def reduce(self, leaves: Sequence[int], comm: Communicator) -> str:
+        self._digest = self._inner.reduce(leaves, comm)
+        return self._digest
+
+    def commit(self) -> StepInfo:
+        return self._run.commit(self._inner, Outcome(self._run.step + 1, self._digest))
