@@ -48,12 +48,20 @@ class Control:
 
     def exchange(self, address: str) -> list[str]:
         """Tell the parent where this worker listens, and be told the addresses of all; from then on, end with it."""
-        self.send(address=address)
+        return list(self._ask(address=address)["addresses"])
+
+    def enroll(self, **what: Any) -> str:
+        """Tell the parent of an elastic run what was found out, and be told the address of the coordinator; from then
+        on, end with it."""
+        return str(self._ask(**what)["coordinator"])
+
+    def _ask(self, **message: Any) -> dict[str, Any]:
+        self.send(**message)
         answer = self.receive()
         if answer is None:
             os._exit(1)
         self.exit_with_parent()
-        return list(answer["addresses"])
+        return answer
 
     def exit_with_parent(self) -> None:
         """End this process at once when the other side is gone, however it went: nobody would stop it otherwise."""

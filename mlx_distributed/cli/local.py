@@ -50,6 +50,8 @@ class Worker:
     """What it said before it ended."""
     dismissed: bool = False
     """It was ended from here, for what another one did."""
+    name: str = ""
+    """In an elastic run."""
 
     def kill(self) -> None:
         """End it at once, if it has not ended."""
@@ -64,8 +66,9 @@ class Worker:
         if self.error is not None or self.dismissed or status in (0, INTERRUPTED):
             return None
         if status < 0:
-            return f"worker {self.rank} was ended by {signal.Signals(-status).name}"
-        return f"worker {self.rank} ended with status {status}" + (f"; see {self.log_file}" if self.log_file else "")
+            return f"worker {self.name or self.rank} was ended by {signal.Signals(-status).name}"
+        where = f"; see {self.log_file}" if self.log_file else ""
+        return f"worker {self.name or self.rank} ended with status {status}{where}"
 
 
 def find_openblas() -> str | None:
@@ -101,8 +104,8 @@ def worker_environment(environ: Mapping[str, str], platform: str) -> tuple[dict[
     return env, hint
 
 
-class LocalGroup:
-    """The workers of one command on this machine.
+class LocalWorkers:
+    """Workers of one command, started on this machine; Ctrl-C is passed on to them until `close`.
 
     Args:
         jobs: what each worker is told, in rank order.
@@ -110,8 +113,6 @@ class LocalGroup:
         env: environment of the workers.
         debug: have them print tracebacks.
         module: the program of a worker.
-        grace_s: how long rank 0 may take to notice that another worker has failed.
-        on_message: is given what rank 0 says in between.
     """
 
     def __init__(
@@ -121,11 +122,8 @@ class LocalGroup:
         env: Mapping[str, str],
         debug: bool = False,
         module: str = "mlx_distributed.cli.worker",
-        grace_s: float = GRACE_S,
-        on_message: Callable[[Mapping[str, Any]], None] = lambda message: None,
     ) -> None:
         self._module, self._flags = module, ["--debug"] if debug else []
-        self._grace_s, self._on_message = grace_s, on_message
         self._num_interrupts = 0
         self._workers: list[Worker] = []
         self._previous = {number: signal.signal(number, self._interrupt) for number in SIGNALS}
@@ -139,19 +137,13 @@ class LocalGroup:
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
-    def run(self) -> int:
-        """Wait for the end of all workers; returns the exit status of the run."""
-        try:
-            if self._introduce():
-                self._wait()
-            self._end()
-        finally:
-            for worker in self._workers:
-                worker.kill()
-                worker.control.close()
-            for number, handler in self._previous.items():
-                signal.signal(number, handler)
-        return self._report()
+    def close(self) -> None:
+        """End those that have not ended."""
+        for worker in self._workers:
+            worker.kill()
+            worker.control.close()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _start(self, rank: int, log_file: Path | None, env: Mapping[str, str]) -> Worker:
         ours, theirs = socket.socketpair()
@@ -169,6 +161,45 @@ class LocalGroup:
             if output is not None:
                 output.close()
         return Worker(rank, process, Control(ours), log_file)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._num_interrupts += 1
+        for worker in self._workers:
+            with contextlib.suppress(ProcessLookupError):
+                worker.process.send_signal(signal.SIGINT if self._num_interrupts < MAX_INTERRUPTS else signal.SIGKILL)
+
+
+class LocalGroup(LocalWorkers):
+    """A group of workers that know each other, and end together.
+
+    Args:
+        jobs, log_files, env, debug, module: as of `LocalWorkers`.
+        grace_s: how long rank 0 may take to notice that another worker has failed.
+        on_message: is given what rank 0 says in between.
+    """
+
+    def __init__(
+        self,
+        jobs: Sequence[Mapping[str, Any]],
+        log_files: Sequence[Path | None],
+        env: Mapping[str, str],
+        debug: bool = False,
+        module: str = "mlx_distributed.cli.worker",
+        grace_s: float = GRACE_S,
+        on_message: Callable[[Mapping[str, Any]], None] = lambda message: None,
+    ) -> None:
+        self._grace_s, self._on_message = grace_s, on_message
+        super().__init__(jobs, log_files, env, debug, module)
+
+    def run(self) -> int:
+        """Wait for the end of all workers; returns the exit status of the run."""
+        try:
+            if self._introduce():
+                self._wait()
+            self._end()
+        finally:
+            self.close()
+        return self._report()
 
     def _introduce(self) -> bool:
         """Collect the address of every worker and tell all of them all; whether every worker had one."""
@@ -235,9 +266,3 @@ class LocalGroup:
         for line in [*errors, *filter(None, (worker.ending() for worker in self._workers))]:
             print(f"error: {line}", file=sys.stderr)
         return 0 if not failed else ConfigError.exit_status if ConfigError.exit_status in failed else 1
-
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        self._num_interrupts += 1
-        for worker in self._workers:
-            with contextlib.suppress(ProcessLookupError):
-                worker.process.send_signal(signal.SIGINT if self._num_interrupts < MAX_INTERRUPTS else signal.SIGKILL)

@@ -19,7 +19,9 @@ from mlx_distributed.errors import ConfigError
 from mlx_distributed.tracking import new_wandb_id
 
 _LOCK, _PENDING, _RECORD_ASIDE = ".lock", ".config.yaml", ".run.json"
-_BEFORE_A_RUN = {_LOCK, _PENDING, _RECORD_ASIDE, "run.json", "logs"}
+JOURNAL, ACCESS, ACCESS_ASIDE = "coordinator.journal", "coordinator.json", ".coordinator.json"
+"""Of an elastic run."""
+_BEFORE_A_RUN = {_LOCK, _PENDING, _RECORD_ASIDE, JOURNAL, ACCESS, ACCESS_ASIDE, "run.json", "logs"}
 """What a run that was refused leaves; there is a run when rank 0 has accepted the configuration."""
 
 
@@ -35,8 +37,13 @@ class RunRecord:
     """Held for as long as it is open: until this process ends, however it ends."""
 
 
-def open_output_dir(config: Config, resume: bool) -> RunRecord:
+def open_output_dir(config: Config, resume: bool, joined: tuple[str, str] | None = None) -> RunRecord:
     """Make the folder of a new run, or find the run that it holds.
+
+    Args:
+        config: of the run.
+        resume: the folder may hold the run already.
+        joined: run_id and wandb_id of a run that another machine has begun; None for one of our own.
 
     Raises:
         ConfigError: the folder holds another run or other files, a run is writing into it, or it cannot be written.
@@ -59,8 +66,13 @@ def open_output_dir(config: Config, resume: bool) -> RunRecord:
             _take(lock, folder)
             if holds_run:
                 run_id, wandb_id = _read(record_file)
+                if joined is not None and run_id != joined[0]:
+                    raise ConfigError(
+                        f"output_dir={folder} holds the run {run_id}, and the one to be joined is {joined[0]}; choose "
+                        "another --output-dir"
+                    )
             else:
-                run_id, wandb_id = uuid.uuid4().hex, new_wandb_id()
+                run_id, wandb_id = joined or (uuid.uuid4().hex, new_wandb_id())
                 _write(record_file, run_id, wandb_id)
             (folder / _PENDING).write_text(to_yaml(config), encoding="utf-8")
             stack.pop_all()  # From here on the lock stays with the record.

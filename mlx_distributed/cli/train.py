@@ -14,12 +14,15 @@ from mlx_distributed.cli.errors import run as run_and_report
 from mlx_distributed.cli.local import LocalGroup, worker_environment
 from mlx_distributed.cli.output_dir import RunRecord, open_output_dir
 from mlx_distributed.config import Config, load_config, to_yaml
+from mlx_distributed.errors import ConfigError
 
 EPILOG = """\
 examples:
   mlx-train --config configs/quickstart.yaml
   mlx-train --config my.yaml --nproc 2 optimizer.learning_rate=2e-4 train.max_steps=500
   mlx-train --config my.yaml --resume
+  mlx-train --config my.yaml --nproc 2 elastic.enabled=true elastic.listen=192.168.1.20:4000
+  mlx-train --join mlxd1...
 
 exit status: 0 done; 1 failed while running; 2 the configuration or the data was refused; 130 interrupted, after saving
 """
@@ -35,7 +38,9 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file of the run")
+    run = parser.add_mutually_exclusive_group(required=True)
+    run.add_argument("--config", type=Path, metavar="FILE", help="YAML file of the run")
+    run.add_argument("--join", metavar="STRING", help="take part in the run that has printed this")
     parser.add_argument("--nproc", metavar="N", help="workers to start on this machine (parallel.nproc)")
     parser.add_argument(
         "--resume",
@@ -58,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.resume is not None and _OVERRIDE.match(args.resume) and not Path(args.resume).exists():
         args.overrides.insert(0, args.resume)  # `--resume a.b=c`: the value belongs to the next argument
         args.resume = "auto"
+    if args.join is not None:
+        return run_and_report(lambda: _join(args), debug=args.debug)
     return run_and_report(lambda: _train(args), debug=args.debug)
 
 
@@ -80,7 +87,24 @@ def _train(args: argparse.Namespace) -> int:
 
         return run_native(config, args.resume)
     record = open_output_dir(config, resume=args.resume is not None)
+    if config.elastic.enabled:
+        from mlx_distributed.cli.elastic.host import host
+
+        return host(config, record, args.resume, args.debug)
     return _run_workers(config, record, args.resume, args.debug)
+
+
+def _join(args: argparse.Namespace) -> int:
+    own = {"--resume": args.resume, "--dry-run": args.dry_run, "--print-config": args.print_config}
+    given = [*(name for name, value in own.items() if value), *args.overrides]
+    if given:
+        raise ConfigError(
+            f"{given[0]} cannot stand beside --join, as the run that is joined decides it; only --nproc and "
+            "--output-dir can"
+        )
+    from mlx_distributed.cli.elastic.join import join
+
+    return join(args.join, args.nproc, args.output_dir and Path(args.output_dir), args.debug)
 
 
 def _run_workers(config: Config, record: RunRecord, resume: str | None, debug: bool) -> int:

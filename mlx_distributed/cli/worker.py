@@ -7,11 +7,14 @@ import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_distributed.cli.control import Control
 from mlx_distributed.cli.errors import describe
 from mlx_distributed.cli.interrupt import Interrupt
+
+if TYPE_CHECKING:
+    from mlx_distributed.config import Config
 
 MAX_ERROR_CHARS = 4000
 """The parent reads an error when this process has ended, so that it must fit into the buffer of a socket."""
@@ -45,6 +48,8 @@ def _work(message: Mapping[str, Any], control: Control, interrupt: Interrupt) ->
     from mlx_distributed.parallel.data import rank_weights
 
     config = load_config(Path(message["config_file"]))
+    if "seat" in message:
+        return _work_elastic(config, message, control, interrupt)
     rank, parallel = message["rank"], config.parallel
 
     listen = f"127.0.0.1:{parallel.port + rank if parallel.port else 0}"
@@ -54,6 +59,21 @@ def _work(message: Mapping[str, Any], control: Control, interrupt: Interrupt) ->
         config, message["run_id"], message["wandb_id"], message["resume"], on_loss=lambda: control.send(saving=True)
     )
     return train(job, comm, interrupt)
+
+
+def _work_elastic(config: Config, message: Mapping[str, Any], control: Control, interrupt: Interrupt) -> int:
+    from mlx_distributed.cli.elastic.run import Seat, train_elastic
+    from mlx_distributed.cli.run import Job
+    from mlx_distributed.comm.tls import Identity
+
+    def enroll(num_steps: int, config_digest: str, begins_with: tuple[int, str]) -> str:
+        return control.enroll(num_steps=num_steps, config_digest=config_digest, begins_with=begins_with)
+
+    place = dict(message["seat"])
+    identity = place.pop("identity")
+    seat = Seat(identity=None if identity is None else Identity(**identity), **place)
+    job = Job(config, message["run_id"], message["wandb_id"], message["resume"])
+    return train_elastic(job, seat, enroll, interrupt)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ class Identity:
     """Key and certificate that every worker of a run shows, and the only ones that it takes from a peer.
 
     Who has them is in the run, and nobody else can read what travels: to be handed out over a channel that is as safe
-    as the run is to be, and never to be written down.
+    as the run is to be, and written down where nobody else can read it, if at all.
     """
 
     server_name: ClassVar[str] = "worker.mlx-distributed.internal"

@@ -6,6 +6,7 @@ Pure: nothing is read and nothing is raised, so that the caller can attach the p
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from functools import reduce
@@ -33,7 +34,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda value: value >= 1,
         "lora.rank train.global_batch_size train.micro_batch_size train.max_steps eval.steps eval.max_examples "
         "eval.max_new_tokens checkpoint.steps checkpoint.save_total_limit logging.steps parallel.diloco.sync_every "
-        "parallel.diloco.fragments",
+        "parallel.diloco.fragments elastic.min_workers",
     ),
     ("at least 2, a token and the one after it", lambda value: value >= 2, "data.max_seq_length"),
     (
@@ -46,7 +47,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "above 0",
         lambda value: value > 0,
         "lora.alpha lora.scale train.epochs train.max_grad_norm optimizer.learning_rate optimizer.eps "
-        "parallel.timeout_s parallel.diloco.outer_learning_rate",
+        "parallel.timeout_s parallel.diloco.outer_learning_rate elastic.wait_s elastic.coordinator_grace_s",
     ),
     (
         "at least 0 and below 1",
@@ -70,7 +71,7 @@ def check(config: Config) -> list[Problem]:
     alone = list({problem.key: problem for problem in reversed(alone)}.values())
     bad = {problem.key for problem in alone}
     together = [*_model(config), *_data(config.data), *_step(config), *_parallel(config.parallel)]
-    together += [*_sync(config), *_pairs(config)]
+    together += [*_sync(config), *_elastic(config), *_pairs(config)]
     return alone + [problem for problem in together if bad.isdisjoint((problem.key, *problem.others))]
 
 
@@ -230,6 +231,48 @@ def _sync(config: Config) -> Iterator[Problem]:
             rule = f"a sum must have come before the next fragment leaves, {between} steps later; use {between - 1}"
             keys = ("parallel.diloco.fragments", *every)
             yield Problem("parallel.diloco.overlap_steps", f"{rule}{' or fewer' if between > 1 else ''}", keys)
+
+
+def _elastic(config: Config) -> Iterator[Problem]:
+    elastic, parallel, enabled = config.elastic, config.parallel, ("elastic.enabled",)
+    if parallel.share == "speed" and not elastic.enabled:
+        rule = "only elastic training measures how fast workers are; use even, or set elastic.enabled=true"
+        yield Problem("parallel.share", rule, enabled)
+    if elastic.listen is not None:
+        if not is_address(elastic.listen):
+            rule = "must be a host and a port that other machines reach, such as 192.168.1.20:4000 or studio.local:4000"
+            yield Problem("elastic.listen", f"{rule}; leave it out to serve this machine alone")
+        elif not elastic.enabled:
+            yield Problem(
+                "elastic.listen", "only means something with elastic.enabled=true; set that, or remove it", enabled
+            )
+    if not elastic.enabled:
+        return
+    for key, fits, rule in (
+        ("parallel.backend", parallel.backend == "grpc", "a native group cannot lose a member; use grpc"),
+        ("parallel.sync", parallel.sync == "step", "its workers agree in every step; use step"),
+        ("parallel.bandwidth", parallel.bandwidth == "even", "workers come and go, so weights fit nobody; use even"),
+        (
+            "parallel.share",
+            isinstance(parallel.share, str),
+            "workers come and go, so weights fit nobody; use even or speed",
+        ),
+        (
+            "optimizer.shard",
+            not config.optimizer.shard,
+            "a lost worker would take its part of the moments with it; use false",
+        ),
+    ):
+        if not fits:
+            yield Problem(key, f"cannot stand beside elastic.enabled=true: {rule}", enabled)
+
+
+def is_address(text: str) -> bool:
+    """Whether `text` is a host that can be reached and a port, as in `10.0.0.7:4000` or `[fd00::7]:4000`."""
+    host, _, port = text.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    whole = bool(bare) and (":" not in host or bare != host) and not re.search(r"[\s/@,]", host)
+    return whole and bare not in ("0.0.0.0", "::", "*") and port.isdecimal() and port.isascii() and int(port) <= 65535
 
 
 def _pairs(config: Config) -> Iterator[Problem]:

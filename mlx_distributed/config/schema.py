@@ -168,9 +168,9 @@ class ParallelConfig:
     """Workers to start on this machine (`--nproc`)."""
     backend: Literal["grpc", "native"] = "grpc"
     """`native` is the group of `mx.distributed`, for a run started by `mlx.launch`; it sums in an order of its own."""
-    share: Literal["even"] | tuple[float, ...] = "even"
-    """How the micro-batches of a step are shared: evenly, or by these weights, one per worker. Does not change the
-    result."""
+    share: Literal["even", "speed"] | tuple[float, ...] = "even"
+    """How the micro-batches of a step are shared: evenly, by these weights, one per worker, or with `elastic.enabled`
+    by the speeds that are measured. Does not change the result."""
     wire: Literal["fp32", "bf16", "fp16", "int8", "int4"] = "fp32"
     """How gradients travel. With `fp32` the sum is exact and the same bits on any number of workers; the others send a
     half to an eighth of the bytes, and what rounding leaves out is sent with the next step."""
@@ -189,6 +189,22 @@ class ParallelConfig:
     """A worker that another one waits for and that sends nothing for so long is given up."""
     port: int = 0
     """Worker r listens on port + r of the loopback interface; 0 takes free ports."""
+
+
+@dataclass(frozen=True)
+class ElasticConfig:
+    enabled: bool = False
+    """Workers may leave, be lost and join while the run goes on, and the result is the same bits."""
+    min_workers: int = 1
+    """With fewer nobody trains: those that are there wait for more."""
+    wait_s: float = 600.0
+    """After waiting so long for workers the run is given up."""
+    coordinator_grace_s: float = 600.0
+    """When the coordinator has been away for so long, workers save; they go on waiting for it."""
+    listen: str | None = None
+    """Address of the coordinator as other machines reach it, host:port, such as `192.168.1.20:4000`; port 0 takes a
+    free one. Everything is encrypted then, and `mlx-train --join` lets workers on other machines in. null serves this
+    machine alone."""
 
 
 @dataclass(frozen=True)
@@ -252,6 +268,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     parallel: ParallelConfig = ParallelConfig()
+    elastic: ElasticConfig = ElasticConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()

@@ -17,6 +17,14 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from mlx_distributed.comm._pb import membership_pb2 as pb
+from mlx_distributed.elastic.inquiry import (
+    DESCRIBE,
+    STATUS,
+    Description,
+    description_to_pb,
+    status_of,
+    status_to_pb,
+)
 from mlx_distributed.elastic.journal import Journal
 from mlx_distributed.elastic.messages import (
     MAX_MESSAGE_BYTES,
@@ -81,7 +89,9 @@ class Coordinator:
         journal: of the run, open.
         token: secret of the run; a call without it is not answered.
         tell: is given what people should know, a line at a time.
-        identity: for mutual TLS; None means that nothing is encrypted.
+        identity: shown to all who connect; None means that nothing is encrypted. None need be shown: the token says who
+            may speak.
+        description: for workers that are to join; None where nobody may.
 
     Raises:
         ConfigError: the journal is of another run, or damaged.
@@ -94,10 +104,12 @@ class Coordinator:
         token: str,
         tell: Callable[[str], None] = lambda _: None,
         identity: Identity | None = None,
+        description: Description | None = None,
     ) -> None:
         self.state: State
         self.state, self._first = started(rules, journal.records, time.monotonic())
         self._journal, self._token, self._tell, self._identity = journal, token, tell, identity
+        self._description = description
         self._streams: dict[WorkerId, asyncio.Queue[Message | None]] = {}
         """What is to be sent to each worker that is connected; None ends the stream."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -111,14 +123,18 @@ class Coordinator:
         """
         self._end: asyncio.Future[End] = asyncio.get_running_loop().create_future()
         self._server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=MAX_WORKERS)
-        method = grpc.stream_stream_rpc_method_handler(self._attend)
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: method}),))
+        methods = {
+            METHOD: grpc.stream_stream_rpc_method_handler(self._attend),
+            DESCRIBE.rpartition("/")[2]: grpc.unary_unary_rpc_method_handler(self._describe),
+            STATUS.rpartition("/")[2]: grpc.unary_unary_rpc_method_handler(self._status),
+        }
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
         try:
             if self._identity is None:
                 port = self._server.add_insecure_port(listen)
             else:
                 key, certificate = self._identity.key.encode(), self._identity.certificate.encode()
-                credentials = grpc.ssl_server_credentials([(key, certificate)], certificate, require_client_auth=True)
+                credentials = grpc.ssl_server_credentials([(key, certificate)])
                 port = self._server.add_secure_port(listen, credentials)
         except RuntimeError:
             raise ConfigError(
@@ -202,11 +218,29 @@ class Coordinator:
             pass  # Silence, or no way there: not for us to say that it is dead.
         self._happen(Probed(worker, refused))
 
-    async def _attend(self, _: object, context: grpc.aio.ServicerContext) -> None:
-        """One stream of one worker."""
+    async def _admit(self, context: grpc.aio.ServicerContext) -> None:
+        """End a call without the token of the run."""
         given = dict(context.invocation_metadata() or ()).get(TOKEN, "")
         if not hmac.compare_digest(str(given).encode(), self._token.encode()):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token is not that of this run")
+
+    async def _describe(self, _: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        await self._admit(context)
+        refusal = "the run is for one machine" if self._description is None else ""
+        if self.state.ended is not None or self.state.finished:
+            refusal = f"the run is over: {self.state.ended or 'all steps are taken'}"
+        if refusal:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, refusal)
+        assert self._description is not None
+        return description_to_pb(self._description).SerializeToString()
+
+    async def _status(self, _: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        await self._admit(context)
+        return status_to_pb(status_of(self.state, time.monotonic())).SerializeToString()
+
+    async def _attend(self, _: object, context: grpc.aio.ServicerContext) -> None:
+        """One stream of one worker."""
+        await self._admit(context)
         await context.send_initial_metadata(())  # Nothing may be due to a worker; now it knows that we are here.
         try:
             first = pb.FromWorker.FromString(await asyncio.wait_for(context.read(), HELLO_S))

@@ -26,6 +26,8 @@ from mlx_distributed.errors import CommError, TrainingError
 SUSPECT_S = 0.5
 """A peer that the collective waits for and that has been silent for so long is named to the coordinator."""
 WATCH_S = 0.1
+LOOK_S = 0.5
+"""So often is looked at what no message tells: that the coordinator is away, or that this worker is to leave."""
 
 RETRY_S = 0.5
 """After a transfer of state that has failed."""
@@ -73,6 +75,16 @@ class Run(Protocol[InfoT]):
         """Steps taken."""
         ...
 
+    @property
+    def leaving(self) -> bool:
+        """This worker is to end as soon as it is in no epoch."""
+        ...
+
+    @property
+    def leaving_others(self) -> bool:
+        """This worker is to end after the step under way, and the others are not."""
+        ...
+
     def attempt(self) -> Attempt[InfoT]:
         """A new one, of the next step."""
         ...
@@ -95,7 +107,7 @@ class Run(Protocol[InfoT]):
 def run_elastic(
     run: Run[InfoT], member: Membership, form: Callable[[EpochId, int, int], Group], grace_s: float
 ) -> None:
-    """Take the steps of a run together with whoever is there, until all are taken.
+    """Take the steps of a run together with whoever is there, until all are taken, or this worker is to leave.
 
     Args:
         run: whose state this worker holds.
@@ -127,7 +139,11 @@ class _Loop(Generic[InfoT]):
 
     def run(self) -> None:
         while self._run.step < self._run.num_steps or self._told < self._run.step:
-            view = self._wait(lambda v: self._to_enter(v) or v.offer or self._to_commit(v))
+            view = self._wait(lambda v: self._to_enter(v) or v.offer or self._to_commit(v) or self._run.leaving)
+            if self._run.leaving_others or (
+                self._run.leaving and not self._to_enter(view) and not self._to_commit(view)
+            ):
+                return
             if self._to_commit(view):
                 self._commit()
             elif epoch := self._to_enter(view):
@@ -144,7 +160,7 @@ class _Loop(Generic[InfoT]):
     def _wait(self, ready: Callable[[View], object]) -> View:
         """Until the view is as wanted, or this worker has no place in the run any more."""
         while True:
-            view = self._member.wait(lambda v: v if v.ended or ready(v) else None, self._grace_s)
+            view = self._member.wait(lambda v: v if v.ended or ready(v) else None, LOOK_S)
             if view is None:
                 if not self._was_alone and self._member.away_s >= self._grace_s:
                     self._was_alone = True
@@ -181,6 +197,8 @@ class _Loop(Generic[InfoT]):
                     if view.epoch is None or _over(view, epoch.id):
                         return
                     self._tell(epoch, group)
+                    if self._run.leaving_others:
+                        return
                     held, seats = [()] * len(seats), view.epoch.seats
         except CommError as error:
             self._failed = epoch.id

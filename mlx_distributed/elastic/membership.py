@@ -11,13 +11,21 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from mlx_distributed.comm._pb import membership_pb2 as pb
+from mlx_distributed.elastic.inquiry import (
+    DESCRIBE,
+    STATUS,
+    Description,
+    RunStatus,
+    description_from_pb,
+    status_from_pb,
+)
 from mlx_distributed.elastic.messages import (
     MAX_MESSAGE_BYTES,
     METHOD,
@@ -30,6 +38,7 @@ from mlx_distributed.elastic.messages import (
 from mlx_distributed.elastic.protocol import Facts, Hello, Message, Refused
 from mlx_distributed.elastic.state import HEARTBEAT_S
 from mlx_distributed.elastic.worker import View
+from mlx_distributed.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from mlx_distributed.comm.tls import Identity
@@ -38,11 +47,13 @@ FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.05, 0.8
 """Between two attempts to reach the coordinator."""
 EVICTED_S = 0.25
 """A worker that was turned out says Hello again after this."""
+ANSWER_S = 10.0
+"""So long a coordinator may take to answer a question."""
+MAX_ANSWER_BYTES = 4 << 20
 LEAVE_S = 2.0
 """So long a worker that leaves tries to say so."""
 
 OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.enable_retries", 0),
     ("grpc.enable_http_proxy", 0),
     # A channel of its own for each attempt: the next one must not wait for the backoff of the one before.
@@ -69,14 +80,14 @@ class Membership:
         facts: of this worker's run.
         view: what the worker knows at first: who it is, and what state it has.
         address: where its collective and its state are served.
-        identity: for mutual TLS; None means that nothing is encrypted.
+        identity: whose certificate the coordinator must show; None means that nothing is encrypted.
     """
 
     def __init__(
         self, coordinator: str, token: str, facts: Facts, view: View, address: str, identity: Identity | None = None
     ) -> None:
         self._coordinator, self._token, self._facts = coordinator, token, facts
-        self._address, self._identity = address, identity
+        self._address, self._certificate = address, identity.certificate if identity else None
         self._changed = threading.Condition()
         # All below is read and written with the lock of `_changed`.
         self._view, self._speed, self._serial, self._told = view, 0.0, 0, False
@@ -145,7 +156,7 @@ class Membership:
     def _attend(self) -> bool:
         """One stream, to its end; whether there was one."""
         over = threading.Event()
-        with self._channel() as channel:
+        with open_channel(self._coordinator, self._certificate) as channel:
             call = channel.stream_stream(f"/{SERVICE}/{METHOD}")(self._speak(over), metadata=((TOKEN, self._token),))
             with self._changed:
                 self._call = call
@@ -170,14 +181,6 @@ class Membership:
                     self._changed.notify_all()
             return connected
 
-    def _channel(self) -> grpc.Channel:
-        if self._identity is None:
-            return grpc.insecure_channel(self._coordinator, options=OPTIONS)
-        key, certificate = self._identity.key.encode(), self._identity.certificate.encode()
-        credentials = grpc.ssl_channel_credentials(certificate, key, certificate)
-        name = ("grpc.ssl_target_name_override", self._identity.server_name)
-        return grpc.secure_channel(self._coordinator, credentials, options=[*OPTIONS, name])
-
     def _speak(self, over: threading.Event) -> Iterator[bytes]:
         """Who we are, then where we stand: at each change, and twice a second."""
         first = True
@@ -201,3 +204,76 @@ class Membership:
 
     def _receive(self, term: int, message: Message) -> None:
         self.change(lambda view: view.receive(term, message))
+
+
+@dataclass(frozen=True)
+class Contact:
+    """How a coordinator is asked something."""
+
+    address: str
+    token: str = field(repr=False)
+    certificate: str | None
+    """PEM, that it must show; None where nothing is encrypted."""
+
+    def describe(self) -> Description:
+        """What a new worker needs.
+
+        Raises:
+            ConfigError, TrainingError: as of `status`; or the run is over.
+        """
+        return description_from_pb(pb.Description.FromString(self._ask(DESCRIBE)))
+
+    def status(self) -> RunStatus:
+        """How the run stands.
+
+        Raises:
+            ConfigError: the token is not that of the run.
+            TrainingError: there is no answer.
+        """
+        return status_from_pb(pb.RunStatus.FromString(self._ask(STATUS)))
+
+    def _ask(self, method: str) -> bytes:
+        with open_channel(self.address, self.certificate, MAX_ANSWER_BYTES) as channel:
+            try:
+                answer: bytes = channel.unary_unary(method)(b"", timeout=ANSWER_S, metadata=((TOKEN, self.token),))
+                return answer
+            except grpc.RpcError as error:
+                raise _refusal(self.address, error.code(), error.details()) from None
+
+
+def _refusal(address: str, code: grpc.StatusCode, details: str) -> ConfigError | TrainingError:
+    """Why a coordinator has not answered, for people."""
+    match code:
+        case grpc.StatusCode.UNAUTHENTICATED:
+            return ConfigError(
+                f"the coordinator at {address} refuses the token: it serves another run now; use the join string that "
+                "it has printed last"
+            )
+        case grpc.StatusCode.FAILED_PRECONDITION:
+            return TrainingError(f"the coordinator at {address} lets nobody in any more: {details}")
+        case grpc.StatusCode.UNIMPLEMENTED:
+            return ConfigError(
+                f"what listens on {address} cannot be asked this: another program, or another version of this one; use "
+                "the version that the run was started with"
+            )
+    return TrainingError(
+        f"no coordinator answers at {address} ({details}); see whether the run is still on, and whether this machine "
+        "reaches that one"
+    )
+
+
+def open_channel(address: str, certificate: str | None, max_bytes: int = MAX_MESSAGE_BYTES) -> grpc.Channel:
+    """A channel to a coordinator.
+
+    Args:
+        address: of the coordinator.
+        certificate: PEM, that it must show; None where nothing is encrypted.
+        max_bytes: a larger message is refused before it is read.
+    """
+    options: list[tuple[str, int | str]] = [*OPTIONS, ("grpc.max_receive_message_length", max_bytes)]
+    if certificate is None:
+        return grpc.insecure_channel(address, options=options)
+    from mlx_distributed.comm.tls import Identity  # imports a library that a run without TLS need not wait for
+
+    options.append(("grpc.ssl_target_name_override", Identity.server_name))
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(certificate.encode()), options=options)

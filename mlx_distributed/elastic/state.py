@@ -15,6 +15,7 @@ SILENCE_S = 3.0
 """No worker is given up for silence before. A stop of 2 s just before a heartbeat is due makes a silence of 2.5 s."""
 FRESH_S = 2 * HEARTBEAT_S
 """A newcomer that has not been heard for longer is not let in."""
+TOGETHER_S = 10.0
 BARRED_S = 60.0
 """A worker that was left out because another one does not reach it may come back after that."""
 MAX_LOSSES = 2
@@ -43,6 +44,8 @@ class Rules:
     """A worker that is alive, but has no result for so long after another one has it, is out."""
     share: Literal["even", "speed"] = "speed"
     """How the micro-batches of a step are shared."""
+    first_workers: int = 1
+    """The first epoch waits for so many, for `TOGETHER_S`: those that were started together begin together."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,11 @@ class State:
     def finished(self) -> bool:
         """All steps are taken."""
         return self.committed.step >= self.rules.num_steps
+
+    def min_workers(self, now_s: float) -> int:
+        """That an epoch must have now."""
+        at_start = self.epoch is None and not self.committed.step and now_s - self.begun_s < TOGETHER_S
+        return max(self.rules.min_workers, self.rules.first_workers if at_start else 1, 1)
 
     def member(self, worker: WorkerId) -> Member | None:
         """The member that is this very process."""
@@ -200,7 +208,7 @@ class State:
                 "--resume to go on from the last checkpoint"
             )
         return (
-            f"{len(ready)} of at least {self.rules.min_workers} workers are ready to train "
+            f"{len(ready)} of at least {self.min_workers(now_s)} workers are ready to train "
             f"({names(ready) or 'none'}); waiting for more"
         )
 

@@ -338,7 +338,7 @@ class _Turn:
         running = state.epoch is not None and state.broken is None
         if running and (not newcomers or state.voted_s is not None):
             return
-        if state.finished or state.in_doubt() or len(ready) < max(state.rules.min_workers, 1):
+        if state.finished or state.in_doubt() or len(ready) < state.min_workers(self.now_s):
             return
         arrived = f"{names(newcomers)} joined" if newcomers else "an epoch was due"
         epoch = Epoch(state.next_epoch(), state.committed, state.seats_of(ready), state.broken or arrived)

@@ -52,6 +52,8 @@ class Seat:
     """Secret of the run."""
     identity: Identity | None = None
     """For mutual TLS; None means that nothing is encrypted."""
+    joined: bool = False
+    """It has come to a run that others have started: Ctrl-C ends it, and not the run."""
     first: bool = True
     """It is the one that goes on from the checkpoint where the run is resumed; others are given what it has."""
 
@@ -96,6 +98,7 @@ def train_elastic(job: Job, seat: Seat, enroll: Callable[[int, str, Outcome], st
         interrupt.training = True
         run_elastic(run, member, form, job.config.elastic.coordinator_grace_s)
         interrupt.training = False
+        run.end()
     finally:
         member.close("its work is done")
         endpoint.close()
@@ -110,6 +113,7 @@ class _Run:
 
     def __init__(self, job: Job, seat: Seat, interrupt: Interrupt, server: StateServer) -> None:
         self._job, self._config, self._token, self._server = job, job.config, seat.token, server
+        self._interrupt, self._joined = interrupt, seat.joined
         self._loaded = load_all(job.config, LocalComm())
         self._state = init_state(self._loaded.model, job.config, LocalComm())
         self._checkpointer = make_checkpointer(job.config)
@@ -118,11 +122,13 @@ class _Run:
         self.outcome = self._begin(seat)
         """What the state is the state of."""
         server.publish(snapshot_of(self._state, self.outcome))
-        self._phases = Phases(job.config, self._loaded.plan, self._loaded.rows.train, lambda: interrupt.requested)
+        self._phases = Phases(
+            job.config, self._loaded.plan, self._loaded.rows.train, lambda: interrupt.requested and not seat.joined
+        )
         self.num_steps = self._loaded.plan.num_steps
         self.stopped = False
         self.trackers = Trackers([])
-        self._leads = False
+        self._leads = self._introduced = False
         self._group: Communicator | None = None
         self._beside: Beside | None = None
         self._before: dict[str, float] = {}
@@ -130,6 +136,21 @@ class _Run:
     @property
     def step(self) -> int:
         return self._state.step
+
+    @property
+    def leaving(self) -> bool:
+        return self._interrupt.requested
+
+    @property
+    def leaving_others(self) -> bool:
+        return self._joined and self._interrupt.requested
+
+    def end(self) -> None:
+        """Where the run has been left while nobody trained, what there is is saved."""
+        if self._state.step < self.num_steps:
+            self.stopped = True
+            if self._leads and self._beside is not None:
+                self._beside.save.alone(self._state)
 
     def attempt(self) -> _Attempt:
         return _Attempt(self, Attempt(self._phases, self._state))
@@ -207,7 +228,8 @@ class _Run:
                 self._checkpointer,
                 self.trackers,
             )
-            if not self._state.step or info is None:
+            if not self._introduced:
+                self._introduced = True
                 self._beside.introduce()
         return self._beside
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_distributed.config import Config, LoraConfig, ModelConfig, SourceConfig, TrainConfig
-from mlx_distributed.config.checks import check, listed
+from mlx_distributed.config.checks import check, is_address, listed
 from mlx_distributed.config.schema import DilocoConfig
 
 SCRATCH = {"model_type": "qwen3", "vocab_size": 512}
@@ -19,6 +19,7 @@ GOOD = replace(
     model=ModelConfig(path="org/model"),
     data=replace(Config().data, train=(SourceConfig(path="org/rows"),)),
 )
+ELASTIC = {"elastic__enabled": True}
 
 
 def changed(config: Config, **changes: Any) -> Config:
@@ -182,6 +183,22 @@ def diloco(**changes: Any) -> dict[str, Any]:
         (diloco(outer_learning_rate=float("inf")), "parallel.diloco.outer_learning_rate", "finite"),
         (diloco(outer_momentum=1.0), "parallel.diloco.outer_momentum", "at least 0 and below 1; the default is"),
         (diloco(outer_momentum=-0.1), "parallel.diloco.outer_momentum", "at least 0 and below 1"),
+        ({"elastic__min_workers": 0}, "elastic.min_workers", "at least 1; the default is 1"),
+        ({"elastic__wait_s": 0.0}, "elastic.wait_s", "above 0; the default is 600.0"),
+        ({"elastic__coordinator_grace_s": -1.0}, "elastic.coordinator_grace_s", "above 0; the default is 600.0"),
+        ({"parallel__share": "speed"}, "parallel.share", "use even, or set elastic.enabled=true"),
+        ({"elastic__listen": "10.0.0.7:4000"}, "elastic.listen", "elastic.enabled=true; set that, or remove it"),
+        (ELASTIC | {"elastic__listen": "10.0.0.7"}, "elastic.listen", "such as 192.168.1.20:4000"),
+        (
+            ELASTIC | {"parallel__backend": "native"},
+            "parallel.backend",
+            "a native group cannot lose a member; use grpc",
+        ),
+        (ELASTIC | {"parallel__sync": "delayed"}, "parallel.sync", "beside elastic.enabled=true: its workers agree"),
+        (ELASTIC | diloco(), "parallel.sync", "use step"),
+        (ELASTIC | {"parallel__bandwidth": (1.0,)}, "parallel.bandwidth", "weights fit nobody; use even"),
+        (ELASTIC | {"parallel__share": (1.0,)}, "parallel.share", "weights fit nobody; use even or speed"),
+        (ELASTIC | {"optimizer__shard": True}, "optimizer.shard", "its part of the moments with it; use false"),
         ({"parallel__timeout_s": 0.0}, "parallel.timeout_s", "above 0; the default is 300.0"),
         ({"parallel__port": 80}, "parallel.port", "0 (free ports are taken) or from 1024 to 65534"),
         ({"parallel__port": 65534, "parallel__nproc": 2}, "parallel.port", "to 65533"),
@@ -217,6 +234,8 @@ def test_broken_rule(changes: dict[str, Any], key: str, words: str) -> None:
         {"parallel__nproc": 2, "parallel__share": (1.0, 3.0), "parallel__port": 65533},
         {"parallel__backend": "native", "parallel__port": 1024},
         {"parallel__nproc": 2, "optimizer__shard": True, "parallel__wire": "int8"},
+        ELASTIC | {"parallel__share": "speed", "parallel__nproc": 2, "elastic__min_workers": 3},
+        ELASTIC | {"elastic__listen": "studio.local:0", "parallel__wire": "bf16"},
         {"parallel__sync": "delayed", "parallel__wire": "int8"},
         {"parallel__sync": "delayed", "parallel__delay_compensation": 0.5, "parallel__nproc": 2},
         {"parallel__nproc": 2, "parallel__share": (1.0, 3.0), "parallel__wire": "int4"} | diloco(),
@@ -231,6 +250,30 @@ def test_broken_rule(changes: dict[str, Any], key: str, words: str) -> None:
 )
 def test_kept_rules(changes: dict[str, Any]) -> None:
     assert check(changed(GOOD, **changes)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "fits"),
+    [
+        ("10.0.0.7:4000", True),
+        ("studio.local:0", True),
+        ("[fd00::7]:65535", True),
+        ("fd00::7:4000", False),
+        ("[]:4000", False),
+        (":4000", False),
+        ("0.0.0.0:4000", False),
+        ("[::]:4000", False),
+        ("host", False),
+        ("host:", False),
+        ("host:65536", False),
+        ("host:\u0664", False),
+        ("host:-1", False),
+        ("tcp://host:1", False),
+        ("a b:1", False),
+    ],
+)
+def test_an_address_is_one_that_others_reach(text: str, fits: bool) -> None:
+    assert is_address(text) == fits
 
 
 def test_rule_about_two_values_waits_for_the_rules_about_each() -> None:

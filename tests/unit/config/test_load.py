@@ -180,8 +180,8 @@ def test_merge_key_and_empty_section(tmp_path: Path) -> None:
             "model.dtype=bf16: must be float32, bfloat16, float16 or null; did you mean bfloat16?",
         ),
         ("method: qlora", "method=qlora: must be lora, dora or full; did you mean lora?"),
-        ("parallel: {share: [1, x]}", "parallel.share=[1, x]: must be even or a list of numbers"),
-        ("parallel: {share: odd}", "parallel.share=odd: must be even or a list of numbers"),
+        ("parallel: {share: [1, x]}", "parallel.share=[1, x]: must be even, speed or a list of numbers"),
+        ("parallel: {share: odd}", "parallel.share=odd: must be even, speed or a list of numbers"),
         ("optimizer: {betas: [0.9]}", "optimizer.betas=[0.9]: must be a list of 2 numbers"),
         ("optimizer: {betas: [0.9, x]}", "optimizer.betas.1=x: must be a number"),
         ("optimizer: adamw", "optimizer=adamw: must be a section; its keys are name, learning_rate"),
@@ -270,7 +270,7 @@ def test_all_problems_come_in_one_error_in_the_order_of_the_file(tmp_path: Path)
         f"{path}:6: data.train.0.pth=org/rows: unknown key; did you mean data.train.0.path?",
         f"{path}:7: data.val_fraction=2: must be at least 0 and below 1; the default is 0.0",
         f"{path}:8: foo=1: unknown key; the keys here are model, method, lora, data, train, optimizer, scheduler, "
-        "parallel, eval, checkpoint, logging, wandb, seed, output_dir",
+        "parallel, elastic, eval, checkpoint, logging, wandb, seed, output_dir",
         "command line: nonsense: is not of the form section.key=value; write train.epochs=3, for example",
         "command line: seed=-1: must be from 0 to 4294967295; the default is 0",
     ]

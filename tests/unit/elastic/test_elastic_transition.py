@@ -31,7 +31,7 @@ from mlx_distributed.elastic.protocol import (
     Report,
     WaitFor,
 )
-from mlx_distributed.elastic.state import SILENCE_S
+from mlx_distributed.elastic.state import SILENCE_S, TOGETHER_S
 
 
 def test_the_first_worker_begins_and_others_join_before_a_vote() -> None:
@@ -54,6 +54,29 @@ def test_the_first_worker_begins_and_others_join_before_a_vote() -> None:
     assert fetch == Fetch(Outcome(1, "d"), ("a:1", "b:1"))
     desk.report("c")
     assert desk.names == ["a", "b", "c"]
+
+
+def test_those_that_are_started_together_begin_together() -> None:
+    desk = Desk(replace(RULES, first_workers=2))
+    desk.hello("b")
+    assert desk.state.epoch is None
+    assert desk.state.waiting.startswith("1 of at least 2 workers are ready to train (b)")
+    desk.hello("a")
+    assert desk.names == ["a", "b"]
+    desk.confirm()
+    desk.vote("a")
+    desk.vote("b")
+    desk.happen(Leave(worker("a"), "done"))
+    assert desk.names == ["b"], "later one is enough"
+
+
+def test_one_that_never_comes_is_not_waited_for_long() -> None:
+    desk = Desk(replace(RULES, first_workers=2))
+    desk.hello("b")
+    desk.wait(TOGETHER_S - 1, "b")
+    assert desk.state.epoch is None
+    desk.wait(2.0, "b")
+    assert desk.names == ["b"]
 
 
 def test_two_that_are_ready_while_a_vote_stands_in_the_way_enter_together_with_the_commit() -> None:

@@ -1,0 +1,203 @@
+"""The workers of an elastic run on this machine: each may end by itself, and the others go on."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mlx_distributed.cli.errors import INTERRUPTED
+from mlx_distributed.cli.interrupt import SIGNALS
+from mlx_distributed.cli.local import LocalWorkers, Worker, worker_environment
+from mlx_distributed.cli.output_dir import RunRecord
+from mlx_distributed.config import Config
+from mlx_distributed.elastic.protocol import End, Outcome
+from mlx_distributed.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mlx_distributed.comm.tls import Identity
+
+WORKER = "mlx_distributed.cli.worker"
+
+
+class Enrolment(NamedTuple):
+    """What the first worker has found out of the run."""
+
+    num_steps: int
+    config_digest: str
+    begins_with: Outcome
+    """What its state is the state of."""
+
+
+class Place(NamedTuple):
+    """What all workers of a command have in common."""
+
+    names: str
+    """What their names begin with."""
+    host: str
+    """Address of the interface on which they listen."""
+    token: str
+    identity: Identity | None
+    joined: bool = False
+    """They come to a run that was started elsewhere."""
+
+
+class Crew(LocalWorkers):
+    """Started workers. They load data and model, enroll, and are told where the coordinator is.
+
+    Args:
+        jobs: what each worker is told.
+        log_files, env, debug, module: as of `LocalWorkers`.
+    """
+
+    def __init__(
+        self,
+        jobs: Sequence[Mapping[str, Any]],
+        log_files: Sequence[Path | None],
+        env: Mapping[str, str],
+        debug: bool = False,
+        module: str = WORKER,
+    ) -> None:
+        super().__init__(jobs, log_files, env, debug, module)
+        for worker, job in zip(self._workers, jobs, strict=True):
+            worker.name = job["seat"]["name"]
+        self._living = list(self._workers)
+        self._enrolled: dict[int, Enrolment] = {}
+        self._answered = False
+        self._said: set[str] = set()
+
+    @property
+    def enrolment(self) -> Enrolment | None:
+        """Of the first worker, once all that live have enrolled and until they are answered."""
+        if self._answered or any(worker.rank not in self._enrolled for worker in self._living):
+            return None
+        return self._enrolled.get(0)
+
+    @property
+    def num_interrupts(self) -> int:
+        return self._num_interrupts
+
+    def answer(self, coordinator: str) -> None:
+        """Tell all who have enrolled where the coordinator is."""
+        self._answered = True
+        for worker in self._living:
+            worker.control.send(coordinator=coordinator)
+
+    def watch(self, timeout_s: float) -> bool:
+        """Look after them for so long; whether any is left. One that has ended is spoken for on stderr."""
+        for worker in list(self._living):
+            while worker.control.heard(timeout_s / len(self._living)):
+                message = worker.control.receive()
+                if message is None:
+                    worker.process.wait()
+                    break
+                self._hear(worker, message)
+            if worker.process.poll() is not None:
+                self._bury(worker)
+        return bool(self._living)
+
+    @property
+    def statuses(self) -> list[int]:
+        """Of those that have ended."""
+        return [status for worker in self._workers if (status := worker.process.poll()) is not None]
+
+    def say(self, error: str) -> None:
+        """Print an error on stderr, unless it was said before."""
+        if error not in self._said:
+            self._said.add(error)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+
+    def _hear(self, worker: Worker, message: Mapping[str, Any]) -> None:
+        worker.error = message.get("error", worker.error)
+        if "num_steps" in message:
+            begins_with = Outcome(*message["begins_with"])
+            self._enrolled[worker.rank] = Enrolment(message["num_steps"], message["config_digest"], begins_with)
+
+    def _bury(self, worker: Worker) -> None:
+        while (message := worker.control.receive()) is not None:
+            self._hear(worker, message)
+        self._living.remove(worker)
+        if worker.process.returncode == INTERRUPTED:
+            if worker.error and worker.error not in self._said:
+                self._said.add(worker.error)
+                print(worker.error, file=sys.stderr, flush=True)
+        elif worker.error:
+            self.say(worker.error)
+        elif (ending := worker.ending()) and not (self._num_interrupts and worker.process.returncode in _KILLED):
+            self.say(f"{ending}; the others go on" if self._answered and self._living else ending)
+        if worker.rank == 0 and not self._answered:
+            # Nobody would say what there is to coordinate.
+            for other in self._living:
+                other.kill()
+
+
+_KILLED = tuple(-number for number in SIGNALS)
+
+
+def exit_status(statuses: Sequence[int], num_interrupts: int, end: End | None) -> int:
+    """The exit status of a command.
+
+    Args:
+        statuses: of its workers.
+        num_interrupts: how often it was interrupted itself.
+        end: of the run, None where it goes on elsewhere or was stopped.
+    """
+    interrupted = {INTERRUPTED, *_KILLED} if num_interrupts else {INTERRUPTED}
+    if interrupted.intersection(statuses):
+        return INTERRUPTED
+    if end is not None:
+        return int(end.failed)
+    if 0 in statuses:
+        return 0
+    return ConfigError.exit_status if ConfigError.exit_status in statuses else 1
+
+
+def hostname() -> str:
+    """Of this machine, without its domain."""
+    return socket.gethostname().partition(".")[0] or "worker"
+
+
+def start_crew(
+    config: Config, record: RunRecord, place: Place, resume: str | None, debug: bool, module: str = WORKER
+) -> Crew:
+    """Start `parallel.nproc` workers of a run.
+
+    Args:
+        config: of the run.
+        record: of the run.
+        place: where and as what they take part.
+        resume: what the first of them goes on from; None begins anew.
+        debug: have them print tracebacks.
+        module: the program of a worker.
+    """
+    env, hint = worker_environment(os.environ, sys.platform)
+    if hint:
+        print(hint, file=sys.stderr)
+    port, nproc = config.parallel.port, config.parallel.nproc
+    identity = asdict(place.identity) if place.identity else None
+    jobs = [
+        {
+            "config_file": str(record.config_file),
+            "rank": rank,
+            "run_id": record.run_id,
+            "wandb_id": record.wandb_id,
+            "resume": resume,
+            "seat": {
+                "name": f"{place.names}-{rank}",
+                "listen": f"{place.host}:{port + rank if port else 0}",
+                "token": place.token,
+                "identity": identity,
+                "joined": place.joined,
+                "first": rank == 0,
+            },
+        }
+        for rank in range(nproc)
+    ]
+    logs = config.output_dir / "logs"
+    logs.mkdir(exist_ok=True)
+    log_files = [None if rank == 0 else logs / f"rank-{rank}.log" for rank in range(nproc)]
+    return Crew(jobs, log_files, env, debug, module)

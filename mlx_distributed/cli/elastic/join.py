@@ -1,0 +1,91 @@
+"""`mlx-train --join`: workers on this machine for a run that another machine has begun."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import yaml
+
+from mlx_distributed import __version__
+from mlx_distributed.cli.elastic.crew import WORKER, Place, exit_status, hostname, start_crew
+from mlx_distributed.cli.elastic.invitation import Invitation
+from mlx_distributed.cli.elastic.reach import Reached, reach
+from mlx_distributed.cli.output_dir import open_output_dir
+from mlx_distributed.comm.tls import Identity
+from mlx_distributed.config import Config, load_config
+from mlx_distributed.elastic.inquiry import Description
+from mlx_distributed.errors import ConfigError
+
+POLL_S = 0.1
+
+
+def join(text: str, nproc: str | None, output_dir: Path | None, debug: bool, module: str = WORKER) -> int:
+    """Take part in a run until it is over, or until this is interrupted; returns the exit status.
+
+    Args:
+        text: the join string.
+        nproc: workers to start, 1 where it is not given.
+        output_dir: where they write; None takes a folder of the run's name in `runs/`.
+        debug: have workers print tracebacks.
+        module: the program of a worker.
+
+    Raises:
+        ConfigError: the join string is of no use, or this machine cannot take part.
+        TrainingError: nobody answers, or the run is over.
+    """
+    reached = reach(Invitation.decode(text))
+    description = reached.contact.describe()
+    if description.program_version != __version__:
+        raise ConfigError(
+            f"the run at {reached.contact.address} was started with mlx-distributed {description.program_version}, and "
+            f"this is {__version__}: the same bits are promised within one version only; install that version here"
+        )
+    folder = output_dir or Path("runs") / f"joined-{description.run_id[:8]}"
+    config = config_here(description, reached, nproc or "1", folder)
+    record = open_output_dir(config, resume=True, joined=(description.run_id, description.wandb_id))
+    identity = Identity(description.key, description.certificate)
+    place = Place(f"{hostname()}-{os.getpid()}", reached.local_host, reached.contact.token, identity, joined=True)
+    crew = start_crew(config, record, place, None, debug, module)
+    try:
+        while crew.watch(POLL_S):
+            if crew.enrolment:
+                crew.answer(reached.contact.address)
+        return exit_status(crew.statuses, crew.num_interrupts, None)
+    finally:
+        crew.close()
+
+
+def config_here(description: Description, reached: Reached, nproc: str, output_dir: Path) -> Config:
+    """The configuration of the run, as it is used on this machine.
+
+    Raises:
+        ConfigError: data or a model are not here, or `nproc` cannot be used.
+    """
+    if missing := missing_files(description.config):
+        raise ConfigError(
+            f"the run at {reached.contact.address} trains on what is not on this machine: {', '.join(missing)}; every "
+            "worker reads data and model itself, so put them in the same place here (a copy, a link or a shared "
+            "folder), or start the run with names on the Hugging Face hub"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config-of-the-run.yaml"
+        path.write_text(description.config, encoding="utf-8")
+        overrides = [f"parallel.nproc={nproc}", f"output_dir={output_dir.absolute()}"]
+        return load_config(path, overrides)
+
+
+def missing_files(config: str) -> list[str]:
+    """`key=path` of the data, models and templates in a resolved configuration that are paths with nothing there."""
+    plain = yaml.safe_load(config)
+    named = {"model.path": plain["model"]["path"]}
+    for split in ("train", "validation"):
+        named |= {f"data.{split}.{index}.path": source["path"] for index, source in enumerate(plain["data"][split])}
+    # Those that exist where the run was started are absolute; all others are names on the hub.
+    template = plain["data"]["chat_template"]
+    if template is not None and "{" not in template:
+        named["data.chat_template"] = template
+    return [
+        f"{key}={path}" for key, path in named.items() if path and Path(path).is_absolute() and not Path(path).exists()
+    ]
