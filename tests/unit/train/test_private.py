@@ -166,7 +166,11 @@ def under_way(state: TrainState, *, then: bool = False) -> Pending:
     """Gradients of every parameter and a tally, as they are after a sum of `parallel.sync: delayed`."""
     mx.random.seed(9)
     sums = {name: mx.random.normal(array.shape) for name, array in state.parameters.items()}
-    sums |= {"tally.loss": mx.ones(5), "tally.num_tokens": mx.array([3] * 5, mx.int64), "tally.stop": mx.zeros(1, mx.int64)}
+    sums |= {
+        "tally.loss": mx.ones(5),
+        "tally.num_tokens": mx.array([3] * 5, mx.int64),
+        "tally.stop": mx.zeros(1, mx.int64),
+    }
     computed_at = {name: array + 1.0 for name, array in state.parameters.items()} if then else None
     mx.eval(sums, computed_at or {})
     return Pending(lambda: sums, computed_at)
