@@ -43,7 +43,8 @@ OPTIONS = [
     # A connection for every stream: a new one must not stand behind what an old one has not yet got rid of.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
+    # Also the least time that an attempt to connect may take: on Wi-Fi some need half a second.
+    ("grpc.min_reconnect_backoff_ms", 2000),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
 

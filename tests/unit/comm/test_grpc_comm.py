@@ -126,7 +126,10 @@ def test_a_rank_that_fails_tells_the_others_why_and_the_group_is_dead() -> None:
     def body(comm: GrpcComm) -> list[CommError]:
         comm.barrier("the start")  # or some would still be connecting
         if comm.rank == 1:
+            for peer in (0, 2):  # or some would still be in the barrier, and fail there
+                comm.recv(peer, 2, "that it is over")
             raise OSError("no space\nleft")
+        comm.send(mx.zeros(1), 1, 2, "that it is over")
         errors = []
         for call in (
             lambda: comm.barrier("x"),
