@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ import yaml
 
 from mlx_distributed.cli import distributed
 from mlx_distributed.cli.local import OPENBLAS_HINT
+from mlx_distributed.cli.output_dir import JOURNAL
+from mlx_distributed.elastic.journal import parse
+from mlx_distributed.elastic.protocol import CommitRecord, EpochRecord, Record
 from mlx_distributed.testing import tiny_model
 
 MLX_TRAIN = Path(sys.executable).with_name("mlx-train")
@@ -223,3 +227,45 @@ def steps(output_dir: Path) -> list[int]:
 def checkpoints(output_dir: Path) -> list[Path]:
     """Folders of checkpoints, the oldest first."""
     return sorted((output_dir / "checkpoints").glob("step-*"))
+
+
+class Command(Run):
+    """Any command of the program, watched in the same way.
+
+    Args:
+        program: a console script.
+        arguments: of the command line.
+    """
+
+    def __init__(self, program: str, *arguments: str | Path) -> None:
+        command = [MLX_TRAIN.with_name(program), *arguments]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self._stdout = ""
+
+    def join_string(self) -> str:
+        """Read the output up to the join string of a coordinator, and return it."""
+        self.read_until("on another machine: mlx-train --join ")
+        return self._stdout.split()[-1]
+
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        """Wait for something, and leave the processor to those that are to do it."""
+        while not condition():
+            assert self._process.poll() is None, self.wait()
+            time.sleep(0.01)
+
+
+def journal(output_dir: Path) -> list[Record]:
+    """What the coordinator of a run has written down so far."""
+    path = output_dir / JOURNAL
+    return parse(path.read_bytes(), str(path))[0] if path.exists() else []
+
+
+def epochs(output_dir: Path) -> list[list[str]]:
+    """Names of the members of every epoch of an elastic run so far, in rank order."""
+    formed = [record.epoch for record in journal(output_dir) if isinstance(record, EpochRecord)]
+    return [[seat.worker.name for seat in epoch.seats] for epoch in formed]
+
+
+def commits(output_dir: Path) -> list[int]:
+    """Steps of an elastic run that are taken, in the order in which they were."""
+    return [record.outcome.step for record in journal(output_dir) if isinstance(record, CommitRecord)]
