@@ -82,12 +82,17 @@ class Attempt:
         self._comm_s += comm.traffic.reduce_s - reduce_s
         self._sent_bytes += comm.traffic.sent_bytes - sent_bytes
         self._exposed_s += time.monotonic() - begun_s - (self._compute_s - compute_s)
-        digest = quick_digest(self.sums)
+        self._reduced = None
+        return quick_digest(self.sums)
+
+    def settle(self) -> None:
+        """Work out what follows from the sums, while the others vote."""
         self._reduced = self._phases.reduced(self._state, self._work, dict(self.sums))
-        return digest
 
     def commit(self) -> StepInfo:
         """Take the step. Touches no other machine."""
+        if self._reduced is None:
+            self.settle()
         reduced, self.sums = self._reduced, {}  # The update lets go of them one by one.
         assert reduced is not None
         for tree in self._sums.trees:

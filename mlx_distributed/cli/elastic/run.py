@@ -275,5 +275,8 @@ class _Attempt:
         self._digest = self._inner.reduce(leaves, comm)
         return self._digest
 
+    def settle(self) -> None:
+        self._inner.settle()
+
     def commit(self) -> StepInfo:
         return self._run.commit(self._inner, Outcome(self._run.step + 1, self._digest))
