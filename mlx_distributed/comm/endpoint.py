@@ -25,6 +25,8 @@ from mlx_distributed.errors import CommError
 if TYPE_CHECKING:
     from mlx_distributed.comm.tls import Identity  # imports a library that a group without TLS need not wait for
 
+LAST_S = 0.1
+"""Calls end within this when the endpoint is closed: the groups have lingered already."""
 HELLO_S = 10.0
 """A connection that has not said who it is by then is closed; and one whose group is not known here by then."""
 MAX_STRANGERS = 16
@@ -197,7 +199,7 @@ class Endpoint:
             for future in pending:
                 future.cancel()
         if self._server is not None:
-            await self._server.stop(grace=LINGER_S)
+            await self._server.stop(grace=LAST_S)
 
 
 class _Methods(grpc.GenericRpcHandler):
