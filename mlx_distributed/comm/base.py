@@ -33,7 +33,7 @@ class Traffic:
 
 
 class Communicator(Protocol):
-    """One group of ranks. `what` says in words what a call is for, and stands in the error."""
+    """One group of ranks, to be derived from. `what` says in words what a call is for, and stands in the error."""
 
     rank: int
     size: int
@@ -61,7 +61,7 @@ class Communicator(Protocol):
         Returns:
             The summed buckets, the same bits on every rank.
         """
-        ...
+        return self.start_all_reduce(layout, num_leaves, buckets, what, feedback)()
 
     def start_all_reduce(
         self,
@@ -148,7 +148,7 @@ def finish_tree(parts: Parts, num_leaves: int) -> Bucket:
     return tree.total
 
 
-class LocalComm:
+class LocalComm(Communicator):
     """The group of one: the tree is finished in place, and no byte moves."""
 
     rank = 0
@@ -158,16 +158,6 @@ class LocalComm:
     def __init__(self) -> None:
         self.traffic = Traffic()
 
-    def all_reduce(
-        self,
-        layout: Sequence[BucketLayout],
-        num_leaves: int,
-        buckets: Iterable[Parts],
-        what: str,
-        feedback: Feedback | None = None,
-    ) -> list[Bucket]:
-        return [finish_tree(parts, num_leaves) for parts in buckets]
-
     def start_all_reduce(
         self,
         layout: Sequence[BucketLayout],
@@ -176,7 +166,7 @@ class LocalComm:
         what: str,
         feedback: Feedback | None = None,
     ) -> Pending:
-        summed = self.all_reduce(layout, num_leaves, buckets, what, feedback)
+        summed = [finish_tree(parts, num_leaves) for parts in buckets]
         return lambda: summed
 
     def slices(self, layout: Sequence[BucketLayout]) -> list[list[tuple[int, int]]]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
-from mlx_distributed.comm.base import Parts, Pending, Traffic
+from mlx_distributed.comm.base import Communicator, Parts, Pending, Traffic
 from mlx_distributed.comm.buckets import NUMPY_DTYPES, Bucket, BucketLayout
 from mlx_distributed.comm.compress import Feedback
 from mlx_distributed.comm.endpoint import Endpoint
@@ -42,7 +42,7 @@ _INTERNAL_TAG = 1 << 31
 """Tags from here on belong to `all_gather` and `broadcast`."""
 
 
-class GrpcComm:
+class GrpcComm(Communicator):
     """A group over gRPC; see `base.Communicator` for the calls. `interrupt` and `silent` are for any thread.
 
     Args:
@@ -100,16 +100,6 @@ class GrpcComm:
             addresses: of all ranks, in rank order.
         """
         self._run(self._streams.connect(addresses))
-
-    def all_reduce(
-        self,
-        layout: Sequence[BucketLayout],
-        num_leaves: int,
-        buckets: Iterable[Parts],
-        what: str,
-        feedback: Feedback | None = None,
-    ) -> list[Bucket]:
-        return self.start_all_reduce(layout, num_leaves, buckets, what, feedback)()
 
     def start_all_reduce(
         self,

@@ -24,6 +24,8 @@ from mlx_distributed.comm.wire import MAX_MESSAGE_BYTES
 if TYPE_CHECKING:
     from mlx_distributed.comm.tls import Identity  # imports a library that a group without TLS need not wait for
 
+Channel = grpc.aio.Channel
+
 SERVICE, METHOD = "mlx_distributed.v1.Collective", "Exchange"
 EXCHANGE = f"/{SERVICE}/{METHOD}"
 
@@ -43,15 +45,32 @@ OPTIONS = [
     # A connection for every stream: a new one must not stand behind what an old one has not yet got rid of.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 50),
-    # Also the least time that an attempt to connect may take: on Wi-Fi some need half a second.
-    ("grpc.min_reconnect_backoff_ms", 2000),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
 
+CONNECT_S = 2.0
+"""An attempt to connect may take so long: on Wi-Fi some need half a second."""
 REDIAL_S = 0.05
 """A peer that cannot be reached is dialled again after this."""
 
 _RPC_ERRORS = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
+
+
+def open_channel(address: str, identity: Identity | None, connect_s: float = CONNECT_S) -> grpc.aio.Channel:
+    """A channel to another worker.
+
+    Args:
+        address: of its endpoint.
+        identity: of the run, for mutual TLS; None means that nothing is encrypted.
+        connect_s: an attempt to connect may take so long; a refusal is known at once.
+    """
+    options: list[tuple[str, int | str]] = [*OPTIONS, ("grpc.min_reconnect_backoff_ms", int(connect_s * 1000))]
+    if identity is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    key, certificate = identity.key.encode(), identity.certificate.encode()
+    credentials = grpc.ssl_channel_credentials(certificate, key, certificate)
+    options.append(("grpc.ssl_target_name_override", identity.server_name))
+    return grpc.aio.secure_channel(address, credentials, options=options)
 
 
 class Streams:
@@ -127,16 +146,8 @@ class Streams:
             carrying.cancel()
             self._carrying.discard(carrying)
 
-    def _channel(self, address: str) -> grpc.aio.Channel:
-        if self._identity is None:
-            return grpc.aio.insecure_channel(address, options=OPTIONS)
-        key, certificate = self._identity.key.encode(), self._identity.certificate.encode()
-        credentials = grpc.ssl_channel_credentials(certificate, key, certificate)
-        name = ("grpc.ssl_target_name_override", self._identity.server_name)
-        return grpc.aio.secure_channel(address, credentials, options=[*OPTIONS, name])
-
     async def _dial(self, peer: int, address: str) -> None:
-        async with self._channel(address) as channel:
+        async with open_channel(address, self._identity) as channel:
             while True:
                 call = channel.stream_stream(EXCHANGE)()
                 try:

@@ -13,7 +13,7 @@ from typing import TypeVar
 import mlx.core as mx
 import numpy as np
 
-from mlx_distributed.comm.base import Parts, Pending, Traffic, add_buckets
+from mlx_distributed.comm.base import Communicator, Parts, Pending, Traffic, add_buckets
 from mlx_distributed.comm.buckets import Bucket, BucketLayout
 from mlx_distributed.comm.compress import Feedback
 from mlx_distributed.comm.wire import array_from_chunks, array_to_chunks
@@ -24,7 +24,7 @@ _NO_SLICES = "a configuration that needs slices of a native group is refused"
 T = TypeVar("T")
 
 
-class NativeComm:
+class NativeComm(Communicator):
     """A group over `mx.distributed`; see `base.Communicator` for the calls.
 
     Args:
@@ -42,14 +42,14 @@ class NativeComm:
         self._group = self._guard("init", lambda: mx.distributed.init(strict=True, backend=backend))
         self.rank, self.size = self._group.rank(), self._group.size()
 
-    def all_reduce(
+    def start_all_reduce(
         self,
         layout: Sequence[BucketLayout],
         num_leaves: int,
         buckets: Iterable[Parts],
         what: str,
         feedback: Feedback | None = None,
-    ) -> list[Bucket]:
+    ) -> Pending:
         results = []
         for shape, parts in zip(layout, buckets, strict=True):
             own: Bucket | None = None
@@ -63,18 +63,7 @@ class NativeComm:
             self.traffic.reduce_s += time.monotonic() - start_s
             self.traffic.sent_bytes += summed.nbytes
             results.append(shape.split(summed))
-        return results
-
-    def start_all_reduce(
-        self,
-        layout: Sequence[BucketLayout],
-        num_leaves: int,
-        buckets: Iterable[Parts],
-        what: str,
-        feedback: Feedback | None = None,
-    ) -> Pending:
-        summed = self.all_reduce(layout, num_leaves, buckets, what, feedback)
-        return lambda: summed
+        return lambda: results
 
     def slices(self, layout: Sequence[BucketLayout]) -> list[list[tuple[int, int]]]:
         raise AssertionError(_NO_SLICES)

@@ -15,14 +15,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import grpc
-import grpc.aio
 import numpy as np
 from google.protobuf.message import DecodeError
 
 from mlx_distributed.comm._pb import recovery_pb2 as pb
 from mlx_distributed.comm.endpoint import Endpoint
-from mlx_distributed.comm.grpc_streams import OPTIONS, read_bytes
+from mlx_distributed.comm.grpc_streams import Channel, open_channel, read_bytes
 from mlx_distributed.elastic import snapshots
 from mlx_distributed.elastic.protocol import Outcome
 from mlx_distributed.elastic.snapshots import MAX_BATCH, METHOD, Item, Slices, Snapshot, kind, outcome_from_pb
@@ -100,7 +98,7 @@ async def _fetch(
     token: str,
 ) -> Received:
     async with AsyncExitStack() as stack:
-        channels = [await stack.enter_async_context(_channel(address, identity)) for address in addresses]
+        channels = [await stack.enter_async_context(open_channel(address, identity, STALL_S)) for address in addresses]
         transfer = _Transfer([_Source(*each, token) for each in zip(addresses, channels, strict=True)], outcome)
         state, at = None, mine.outcome
         held = await transfer.hold(outcome.step)
@@ -126,17 +124,6 @@ def _after(at: Outcome, chain: Sequence[Outcome]) -> Sequence[Outcome]:
     return chain[chain.index(at) + 1 :] if at in chain else ()
 
 
-def _channel(address: str, identity: Identity | None) -> grpc.aio.Channel:
-    # So long the one attempt to connect may take: Wi-Fi has hiccups. A refusal is known at once.
-    options = [*{**dict(OPTIONS), "grpc.min_reconnect_backoff_ms": int(STALL_S * 1000)}.items()]
-    if identity is None:
-        return grpc.aio.insecure_channel(address, options=options)
-    key, certificate = identity.key.encode(), identity.certificate.encode()
-    credentials = grpc.ssl_channel_credentials(certificate, key, certificate)
-    name = ("grpc.ssl_target_name_override", identity.server_name)
-    return grpc.aio.secure_channel(address, credentials, options=[*options, name])
-
-
 class _Fault(Exception):
     """Of a source: it is not asked again."""
 
@@ -144,7 +131,7 @@ class _Fault(Exception):
 class _Source:
     """A worker that may have what is wanted."""
 
-    def __init__(self, address: str, channel: grpc.aio.Channel, token: str) -> None:
+    def __init__(self, address: str, channel: Channel, token: str) -> None:
         self.address, self._token = address, token
         self._get = channel.unary_stream(METHOD)
 

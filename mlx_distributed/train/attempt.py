@@ -38,6 +38,8 @@ class Attempt:
         self._sums = phases.begin(state, self._work)
         self.sums: Arrays = {}
         """Over all ranks, the tally among them, as soon as they are there."""
+        self.digest = ""
+        """Of these sums."""
         self._reduced: Reduced | None = None
         self._begun_s = time.monotonic()
         self._num_computed = 0
@@ -83,7 +85,8 @@ class Attempt:
         self._sent_bytes += comm.traffic.sent_bytes - sent_bytes
         self._exposed_s += time.monotonic() - begun_s - (self._compute_s - compute_s)
         self._reduced = None
-        return quick_digest(self.sums)
+        self.digest = quick_digest(self.sums)
+        return self.digest
 
     def settle(self) -> None:
         """Work out what follows from the sums, while the others vote."""
@@ -98,18 +101,13 @@ class Attempt:
         for tree in self._sums.trees:
             tree.parts.clear()
         self._phases.commit(self._state, self._work.step, reduced, LocalComm())
-        return StepInfo(
+        return reduced.info(
             step=self._state.step,
-            loss=reduced.tally.mean_loss,
-            num_tokens=reduced.tally.total_tokens,
             learning_rate=self._phases.rate(self._work.step),
-            grad_norm=reduced.grad_norm,
             step_s=time.monotonic() - self._begun_s,
             comm_s=self._comm_s,
             comm_exposed_s=self._exposed_s,
             sent_bytes=self._sent_bytes,
-            stop_requested=reduced.tally.stop,
-            skipped=reduced.skipped,
         )
 
     def _computed(self, leaves: Sequence[int], comm: Communicator) -> Iterator[Parts]:

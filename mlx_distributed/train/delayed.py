@@ -42,6 +42,7 @@ def steps(phases: Phases, state: TrainState, comm: Communicator) -> Iterator[Ste
         stop_counts = state.pending is not left_over
         comm_exposed_s = time.monotonic() - computed_s
         reduced = phases.reduced(state, work, sums)
+        reduced.tally.stop = reduced.tally.stop and stop_counts
         state.pending = None
         if current and then and not reduced.skipped and state.optimizer[STEP].item():
             reduced.gradients = compensated(
@@ -51,21 +52,16 @@ def steps(phases: Phases, state: TrainState, comm: Communicator) -> Iterator[Ste
         phases.commit(state, work.step, reduced, comm)
         if ahead:
             state.pending = _begin(phases, state, ahead, parts, comm, current)
-            if (stop_counts and reduced.tally.stop) or phases.looked_at(state.step):
+            if reduced.tally.stop or phases.looked_at(state.step):
                 state.pending.settle(state.feedback)
         del parts, current, then, sums
-        yield StepInfo(
+        yield reduced.info(
             step=state.step,
-            loss=reduced.tally.mean_loss,
-            num_tokens=reduced.tally.total_tokens,
             learning_rate=phases.rate(work.step),
-            grad_norm=reduced.grad_norm,
             step_s=time.monotonic() - start_s,
             comm_s=comm.traffic.reduce_s - before.reduce_s,
             comm_exposed_s=comm_exposed_s,
             sent_bytes=comm.traffic.sent_bytes - before.sent_bytes,
-            stop_requested=stop_counts and reduced.tally.stop,
-            skipped=reduced.skipped,
         )
 
 

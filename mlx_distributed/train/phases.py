@@ -31,6 +31,7 @@ from mlx_distributed.train.loss import block_sums, global_norm, summed_loss
 from mlx_distributed.train.schedule import learning_rate
 from mlx_distributed.train.setup import gradient_layout, make_optimizer
 from mlx_distributed.train.state import TrainState
+from mlx_distributed.train.step_info import StepInfo
 from mlx_distributed.train.tally import Tally
 
 
@@ -60,6 +61,24 @@ class Reduced:
     skipped: str | None
     """Why the step cannot be taken."""
 
+    def info(
+        self, step: int, learning_rate: float, step_s: float, comm_s: float, comm_exposed_s: float, sent_bytes: int
+    ) -> StepInfo:
+        """What is told of the step; `StepInfo` says what the arguments are."""
+        return StepInfo(
+            step=step,
+            loss=self.tally.mean_loss,
+            num_tokens=self.tally.total_tokens,
+            learning_rate=learning_rate,
+            grad_norm=self.grad_norm,
+            step_s=step_s,
+            comm_s=comm_s,
+            comm_exposed_s=comm_exposed_s,
+            sent_bytes=sent_bytes,
+            stop_requested=self.tally.stop,
+            skipped=self.skipped,
+        )
+
 
 @dataclass
 class Sums:
@@ -79,7 +98,7 @@ class Sums:
 
 
 class Phases:
-    """The phases of the steps of a run.
+    """The phases of the steps of a run, on states of one model.
 
     Args:
         config: of the run.
@@ -93,6 +112,7 @@ class Phases:
     ) -> None:
         self.config, self.plan, self.rows, self.stop_requested = config, plan, rows, stop_requested
         self.optimizer = make_optimizer(config)
+        self._gradient_layout: tuple[BucketLayout, ...] | None = None
 
     def work(self, step: int) -> Work:
         """All that is computed in a step."""
@@ -223,13 +243,18 @@ class Phases:
         elif state.shard is None:
             state.commit(self.optimizer, reduced.gradients, reduced.scale, rate, num_tokens)
         else:
-            layout = gradient_layout(state.parameters, self.config.parallel.wire)
+            layout = self._layout(state)
             sharded.commit(state, self.optimizer, layout, reduced.gradients, reduced.scale, rate, num_tokens, comm)
+
+    def _layout(self, state: TrainState) -> tuple[BucketLayout, ...]:
+        """Of the gradients; the same in every step, as names and shapes are."""
+        if self._gradient_layout is None:
+            self._gradient_layout = gradient_layout(state.parameters, self.config.parallel.wire)
+        return self._gradient_layout
 
     def _layouts(self, state: TrainState, work: Work) -> tuple[tuple[BucketLayout, ...], tuple[BucketLayout, ...]]:
         """Buckets of the gradients and of the tally."""
-        layout = gradient_layout(state.parameters, self.config.parallel.wire)
-        return layout, make_layout(Tally.empty(len(work.microbatches)).part((0, 0)))
+        return self._layout(state), make_layout(Tally.empty(len(work.microbatches)).part((0, 0)))
 
     def _reduced(self, work: Work, gradients: Arrays, tally: Tally, sums: Sequence[mx.array]) -> Reduced:
         norm = global_norm(sums) / tally.total_tokens

@@ -70,18 +70,13 @@ class Trainer:
         comm_exposed_s = time.monotonic() - start_s - parts.elapsed_s
         after = replace(comm.traffic)
         phases.commit(state, work.step, reduced, comm)
-        return StepInfo(
+        return reduced.info(
             step=state.step,
-            loss=reduced.tally.mean_loss,
-            num_tokens=reduced.tally.total_tokens,
             learning_rate=phases.rate(work.step),
-            grad_norm=reduced.grad_norm,
             step_s=time.monotonic() - start_s,
             comm_s=comm.traffic.reduce_s - before.reduce_s,
             comm_exposed_s=comm_exposed_s + comm.traffic.reduce_s - after.reduce_s,
             sent_bytes=comm.traffic.sent_bytes - before.sent_bytes,
-            stop_requested=reduced.tally.stop,
-            skipped=reduced.skipped,
         )
 
     def _synchronous(self, phases: Phases, state: TrainState, comm: Communicator) -> Iterator[StepInfo]:

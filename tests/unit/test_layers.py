@@ -33,7 +33,6 @@ ONLY_IN = {
         "comm/grpc_streams.py",
         "elastic/coordinator.py",
         "elastic/membership.py",
-        "elastic/recovery.py",
     },
     "mlx.core.distributed": {"comm/native.py", "parallel/tensor.py"},
     "wandb": {"tracking/wandb_tracker.py"},

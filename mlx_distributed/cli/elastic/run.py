@@ -6,9 +6,11 @@ import contextlib
 import hashlib
 import json
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+
+import numpy as np
 
 from mlx_distributed import __version__
 from mlx_distributed.cli.beside import Beside
@@ -19,10 +21,10 @@ from mlx_distributed.cli.load import Loaded, load_all
 from mlx_distributed.cli.output_dir import accept_config
 from mlx_distributed.cli.run import Job, choose_device, make_checkpointer, open_trackers, restore
 from mlx_distributed.comm.base import Communicator, LocalComm
+from mlx_distributed.comm.buckets import Arrays
 from mlx_distributed.comm.endpoint import Endpoint
 from mlx_distributed.comm.grpc_comm import GrpcComm
 from mlx_distributed.comm.tls import Identity
-from mlx_distributed.comm.tree_sum import Node
 from mlx_distributed.config import to_dict
 from mlx_distributed.elastic.loop import run_elastic
 from mlx_distributed.elastic.membership import Membership
@@ -34,6 +36,7 @@ from mlx_distributed.tracking import ConsoleTracker, Trackers
 from mlx_distributed.train.attempt import Attempt
 from mlx_distributed.train.phases import Phases
 from mlx_distributed.train.setup import init_state
+from mlx_distributed.train.state import TrainState
 from mlx_distributed.train.step_info import StepInfo
 
 SECTIONS = ("train", "optimizer", "scheduler", "eval", "checkpoint")
@@ -153,7 +156,7 @@ class _Run:
                 self._beside.save.alone(self._state)
 
     def attempt(self) -> _Attempt:
-        return _Attempt(self, Attempt(self._phases, self._state))
+        return _Attempt(self, self._phases, self._state)
 
     def fetch(self, offer: Fetch) -> Outcome | None:
         layout = partial(sums_layout, self._phases, self._state)
@@ -163,17 +166,17 @@ class _Run:
         except NotReceived as error:
             self.trackers.message(f"the state could not be had: {error}")
             return None
-        self.outcome = take(self._phases, self._state, self.outcome, received)
-        self._server.publish(snapshot_of(self._state, self.outcome))
+        self.publish(take(self._phases, self._state, self.outcome, received), None)
         return self.outcome
 
-    def commit(self, attempt: Attempt, outcome: Outcome) -> StepInfo:
-        """Take a step, and let others have what came of it."""
-        sums = views(attempt.sums) if self._server.release() else None
-        info = attempt.commit()
+    def let_go(self, sums: Arrays) -> dict[str, np.ndarray] | None:
+        """A commit is about to free the state of before: what of the sums others still want."""
+        return views(sums) if self._server.release() else None
+
+    def publish(self, outcome: Outcome, sums: dict[str, np.ndarray] | None) -> None:
+        """Let others have the state as it is now."""
         self.outcome = outcome
         self._server.publish(snapshot_of(self._state, outcome), sums)
-        return info
 
     def taken(self, info: StepInfo | None, group: Communicator) -> None:
         beside, state = self._in_group(group, info), self._state
@@ -249,34 +252,15 @@ class _Run:
         self._leads = leads
 
 
-class _Attempt:
-    """A step of a run of which others may want to have what came of it."""
+class _Attempt(Attempt):
+    """A step of which others may want to have what came of it."""
 
-    def __init__(self, run: _Run, inner: Attempt) -> None:
-        self._run, self._inner = run, inner
-        self._digest = ""
-
-    @property
-    def num_leaves(self) -> int:
-        return self._inner.num_leaves
-
-    @property
-    def held(self) -> Sequence[Node]:
-        return self._inner.held
-
-    @property
-    def speed(self) -> float:
-        return self._inner.speed
-
-    def keep(self, nodes: Collection[Node]) -> None:
-        self._inner.keep(nodes)
-
-    def reduce(self, leaves: Sequence[int], comm: Communicator) -> str:
-        self._digest = self._inner.reduce(leaves, comm)
-        return self._digest
-
-    def settle(self) -> None:
-        self._inner.settle()
+    def __init__(self, run: _Run, phases: Phases, state: TrainState) -> None:
+        super().__init__(phases, state)
+        self._run = run
 
     def commit(self) -> StepInfo:
-        return self._run.commit(self._inner, Outcome(self._run.step + 1, self._digest))
+        sums = self._run.let_go(self.sums)
+        info = super().commit()
+        self._run.publish(Outcome(self._run.step, self.digest), sums)
+        return info
