@@ -7,7 +7,6 @@ its own, so that Ctrl-C reaches the parent alone and is passed on once.
 from __future__ import annotations
 
 import contextlib
-import ctypes.util
 import signal
 import socket
 import subprocess
@@ -77,7 +76,9 @@ def find_openblas() -> str | None:
         for pattern in ("*/openblas-pthread/libopenblas.so.0", "*/libopenblas.so.0", "libopenblas.so.0"):
             for path in sorted(folder.glob(pattern)):
                 return str(path)
-    return ctypes.util.find_library("openblas")
+    from ctypes.util import find_library
+
+    return find_library("openblas")
 
 
 def worker_environment(environ: Mapping[str, str], platform: str) -> tuple[dict[str, str], str | None]:
@@ -125,6 +126,8 @@ class LocalWorkers:
     ) -> None:
         self._module, self._flags = module, ["--debug"] if debug else []
         self._num_interrupts = 0
+        self._on_sigterm = signal.SIGINT
+        """What SIGTERM is passed on as: the two ask for the same, but of a worker that joined a run."""
         self._workers: list[Worker] = []
         self._previous = {number: signal.signal(number, self._interrupt) for number in SIGNALS}
         # A worker inherits the mask: what is sent before it can handle a signal waits for that. And a signal of ours
@@ -145,7 +148,7 @@ class LocalWorkers:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _start(self, rank: int, log_file: Path | None, env: Mapping[str, str]) -> Worker:
+    def _start(self, rank: int, log_file: Path | None, env: Mapping[str, str], pass_fds: Sequence[int] = ()) -> Worker:
         ours, theirs = socket.socketpair()
         with theirs:
             output = None if log_file is None else log_file.open("ab")
@@ -154,7 +157,7 @@ class LocalWorkers:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=None if output is None else subprocess.STDOUT,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), *pass_fds],
                 start_new_session=True,
                 env=dict(env),
             )
@@ -164,9 +167,10 @@ class LocalWorkers:
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self._num_interrupts += 1
+        passed_on = self._on_sigterm if number == signal.SIGTERM else signal.SIGINT
         for worker in self._workers:
             with contextlib.suppress(ProcessLookupError):
-                worker.process.send_signal(signal.SIGINT if self._num_interrupts < MAX_INTERRUPTS else signal.SIGKILL)
+                worker.process.send_signal(passed_on if self._num_interrupts < MAX_INTERRUPTS else signal.SIGKILL)
 
 
 class LocalGroup(LocalWorkers):
@@ -221,7 +225,7 @@ class LocalGroup(LocalWorkers):
         """Until rank 0 has ended; where another one has failed, rank 0 must soon say that it saves, or end."""
         first, failed_s, saving = self._workers[0], None, False
         while first.process.poll() is None:
-            if failed_s is None and any(worker.process.poll() not in (None, 0) for worker in self._workers):
+            if failed_s is None and self._has_failed():
                 failed_s = time.monotonic()
             if failed_s is not None and not saving and time.monotonic() - failed_s > self._grace_s:
                 return
@@ -232,6 +236,10 @@ class LocalGroup(LocalWorkers):
                 else:
                     saving = saving or "saving" in message
                     self._hear(first, message)
+
+    def _has_failed(self) -> bool:
+        """Whether a worker has."""
+        return any(worker.process.poll() not in (None, 0) for worker in self._workers)
 
     def _end(self) -> None:
         """End the others: in peace they end by themselves."""

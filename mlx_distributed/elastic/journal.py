@@ -11,7 +11,6 @@ import json
 import os
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +96,7 @@ class Journal:
 
 def encode(record: Record) -> bytes:
     """The line of a record."""
-    text = json.dumps({"kind": _NAMES[type(record)], **asdict(record)}, separators=(",", ":")).encode()
+    text = json.dumps({"kind": _NAMES[type(record)], **vars(record)}, default=vars, separators=(",", ":")).encode()
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
@@ -148,7 +147,8 @@ def _decode(line: bytes) -> Record:
 
 
 def _epoch(id: Sequence[int], committed: Sequence[Any], seats: Sequence[dict[str, Any]], reason: str) -> Epoch:
-    places = tuple(Seat(WorkerId(*seat["worker"]), seat["address"], seat["weight"]) for seat in seats)
+    # The name of a worker and the number of its process are a list in JSON.
+    places = tuple(Seat(**{**seat, "worker": WorkerId(*seat["worker"])}) for seat in seats)
     return Epoch(EpochId(*id), Outcome(*committed), places, reason)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal, NamedTuple
 
-from mlx_distributed.elastic.protocol import START, Epoch, EpochId, Facts, Outcome, Seat, Standing, WorkerId
+from mlx_distributed.elastic.protocol import START, Epoch, EpochId, Facts, Hello, Outcome, Seat, Standing, WorkerId
 
 HEARTBEAT_S = 0.5
 """Between two standings of a worker that has no news."""
@@ -16,8 +17,12 @@ SILENCE_S = 3.0
 FRESH_S = 2 * HEARTBEAT_S
 """A newcomer that has not been heard for longer is not let in."""
 TOGETHER_S = 10.0
-BARRED_S = 60.0
-"""A worker that was left out because another one does not reach it may come back after that."""
+APART_S = 6.0
+"""Two that are well and wait for each other for so long do not reach each other. A frame of 1 MiB takes as long at
+1.4 Mbit/s."""
+BARRED_S, MAX_BARRED_S = 60.0, 3840.0
+"""A worker that was left out because another one does not reach it may come back after that; each time it takes twice
+as long, as each time the others lose some seconds."""
 MAX_LOSSES = 2
 """So many times within one step a collective may fail between two workers that both are alive."""
 MAX_DISAGREEMENTS = 2
@@ -68,6 +73,17 @@ class Member:
         return not self.probing and self.probed_s is not None and self.heard_s > self.probed_s
 
 
+Names = tuple[str, str]
+"""Of two members of the epoch, the lower rank first; of one that cannot go on, twice the same."""
+
+
+class Bar(NamedTuple):
+    """A worker is not let in."""
+
+    until_s: float
+    length_s: float
+
+
 @dataclass(frozen=True)
 class State:
     """All that the coordinator knows. `now_s` of every call is of the monotonic clock of its process."""
@@ -85,10 +101,14 @@ class State:
     """By name."""
     distrusted: frozenset[str] = frozenset()
     """Incarnations that had another gradient than the majority, until they have fetched the state."""
-    barred: Mapping[str, float] = field(default_factory=dict)
-    """Until when a worker is not let in, by name."""
-    losses: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    barred: Mapping[str, Bar] = field(default_factory=dict)
+    """By name; kept when it is over."""
+    losses: Mapping[Names, int] = field(default_factory=dict)
     """How often the collective has failed in this step between two workers that are alive."""
+    apart_since_s: Mapping[Names, float] = field(default_factory=dict)
+    """Since when two workers that are `apart` have been so."""
+    num_stalls: int = 0
+    """How often in this step workers that are alive have waited for each other in vain."""
     disagreements: int = 0
     """How often the digests of this step differed with no majority."""
     step_times_s: tuple[float, ...] = ()
@@ -103,6 +123,19 @@ class State:
     """What training waits for."""
     ended: str | None = None
     """Why the run is over."""
+
+    def at(self, now_s: float) -> State:
+        """As it is later. The time in which the coordinator was stopped itself (a lid shut) is nobody's silence."""
+        away_s = now_s - self.now_s
+        if away_s < AWAY_S:
+            return replace(self, now_s=now_s)
+        members = {name: replace(member, heard_s=member.heard_s + away_s) for name, member in self.members.items()}
+        apart_since_s = {pair: since_s + away_s for pair, since_s in self.apart_since_s.items()}
+        voted_s = None if self.voted_s is None else self.voted_s + away_s
+        begun_s = self.begun_s + away_s
+        return replace(
+            self, now_s=now_s, members=members, apart_since_s=apart_since_s, begun_s=begun_s, voted_s=voted_s
+        )
 
     @property
     def finished(self) -> bool:
@@ -121,6 +154,10 @@ class State:
 
     def seated(self) -> list[Member]:
         """Members of the epoch that are still with us, by rank."""
+        return self._seated
+
+    @cached_property
+    def _seated(self) -> list[Member]:
         seats = self.epoch.seats if self.epoch else ()
         return [member for seat in seats if (member := self.member(seat.worker))]
 
@@ -149,7 +186,7 @@ class State:
             member
             for name, member in sorted(self.members.items())
             if not self.in_epoch(member.worker)
-            and self.barred.get(name, now_s) <= now_s
+            and (name not in self.barred or self.barred[name].until_s <= now_s)
             and now_s - member.heard_s <= FRESH_S
         ]
         return [member for member in seated + newcomers if member.connected and self.holds(member)]
@@ -177,6 +214,48 @@ class State:
                 names |= {member.standing.lost.name} if member.standing.lost else set()
         return names
 
+    def refusal(self, event: Hello) -> str | None:
+        """Why a worker is not let in, for the person at that worker."""
+        worker, rules = event.worker, self.rules
+        for name, theirs, ours in zip(
+            ("run", "program version", "configuration"), event.facts, rules.facts, strict=True
+        ):
+            if theirs != ours:
+                return (
+                    f"{worker.name} has {name} {theirs[:16]}, and this run has {ours[:16]}: all workers of a run need "
+                    "the same, or they would not make the same weights; join with the join string of this run and "
+                    "the version of mlx-distributed that it was started with"
+                )
+        epoch = event.standing.epoch
+        if epoch is not None and epoch.term > self.term:
+            return (
+                f"{worker.name} has seen term {epoch.term} of this run, and this coordinator is in term "
+                f"{self.term}: there are two coordinators, or this one was started from an old journal; end it, "
+                "and start it with the newest journal of the run"
+            )
+        return None
+
+    def names_by_rank(self, *members: Member) -> Names:
+        """Of two members of the epoch."""
+        first, second = sorted(members, key=self.seated().index)
+        return first.worker.name, second.worker.name
+
+    def apart(self) -> Sequence[Names]:
+        """Members one of which waits for the other, which waits for it too or has nothing more to send."""
+        current = {member.worker.name: member for member in self.seated() if self.is_current(member)}
+        pairs = {
+            self.names_by_rank(member, other)
+            for name, member in current.items()
+            for other in filter(None, map(current.get, member.standing.waiting_for))
+            if name in other.standing.waiting_for or self.vote(other)
+        }
+        return sorted(pairs)
+
+    def barring(self, name: str) -> tuple[State, float]:
+        """With a worker not let in for a while; for how long."""
+        length_s = min(2 * self.barred[name].length_s, MAX_BARRED_S) if name in self.barred else BARRED_S
+        return replace(self, barred={**self.barred, name: Bar(self.now_s + length_s, length_s)}), length_s
+
     def is_current(self, member: Member) -> bool:
         """Whether what a member says of its collective is about this epoch."""
         return self.epoch is not None and member.standing.epoch == self.epoch.id
@@ -187,7 +266,7 @@ class State:
         mean = sum(speeds) / len(speeds) if speeds and self.rules.share == "speed" else 1.0
         weights = [(member.standing.speed or mean) if self.rules.share == "speed" else 1.0 for member in members]
         return tuple(
-            Seat(member.worker, member.address, float(f"{weight / mean:.3g}"))
+            Seat(member.worker, member.address, float(f"{weight / mean:.3g}"), member.standing.bandwidth)
             for member, weight in zip(members, weights, strict=True)
         )
 

@@ -14,6 +14,7 @@ commit if all have voted, give up who is dead, form an epoch where one is due, t
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 
 from mlx_distributed.elastic.protocol import (
@@ -46,14 +47,14 @@ from mlx_distributed.elastic.protocol import (
     WorkerId,
 )
 from mlx_distributed.elastic.state import (
-    AWAY_S,
-    BARRED_S,
+    APART_S,
     MAX_DISAGREEMENTS,
     MAX_LOSSES,
     NUM_STEP_TIMES,
     PROBE_AGAIN_S,
     SILENCE_S,
     Member,
+    Names,
     State,
     names,
 )
@@ -61,23 +62,13 @@ from mlx_distributed.elastic.state import (
 
 def transition(state: State, event: Event, now_s: float) -> tuple[State, tuple[Action, ...]]:
     """What the coordinator makes of an event at `now_s` of its monotonic clock."""
-    turn = _Turn(_back(state, now_s), now_s)
+    turn = _Turn(state.at(now_s), now_s)
     if state.ended is None:
         turn.take_in(event)
         turn.settle(event)
     elif isinstance(event, Hello):
         turn.send(event.worker, Refused(f"this run is over: {state.ended}"))
     return turn.state, tuple(turn.actions)
-
-
-def _back(state: State, now_s: float) -> State:
-    """The time in which the coordinator was stopped itself (a lid shut) does not count as anybody's silence."""
-    away_s = now_s - state.now_s
-    if away_s < AWAY_S:
-        return replace(state, now_s=now_s)
-    members = {name: replace(member, heard_s=member.heard_s + away_s) for name, member in state.members.items()}
-    voted_s = None if state.voted_s is None else state.voted_s + away_s
-    return replace(state, now_s=now_s, members=members, begun_s=state.begun_s + away_s, voted_s=voted_s)
 
 
 class _Turn:
@@ -131,7 +122,7 @@ class _Turn:
             self._tell(told)
 
     def _hello(self, event: Hello) -> None:
-        refusal = self._refusal(event)
+        refusal = self.state.refusal(event)
         if refusal:
             self.send(event.worker, Refused(refusal))
             return
@@ -155,27 +146,6 @@ class _Turn:
             known = None
         if known is None or event.standing.serial > known.standing.serial:
             self.put(Member(worker, event.address, event.standing, self.now_s, connected=True))
-
-    def _refusal(self, event: Hello) -> str | None:
-        """Why a worker is not let in, for the person at that worker."""
-        worker, rules = event.worker, self.state.rules
-        for name, theirs, ours in zip(
-            ("run", "program version", "configuration"), event.facts, rules.facts, strict=True
-        ):
-            if theirs != ours:
-                return (
-                    f"{worker.name} has {name} {theirs[:16]}, and this run has {ours[:16]}: all workers of a run need "
-                    "the same, or they would not make the same weights; join with the join string of this run and "
-                    "the version of mlx-distributed that it was started with"
-                )
-        epoch = event.standing.epoch
-        if epoch is not None and epoch.term > self.state.term:
-            return (
-                f"{worker.name} has seen term {epoch.term} of this run, and this coordinator is in term "
-                f"{self.state.term}: there are two coordinators, or this one was started from an old journal; end it, "
-                "and start it with the newest journal of the run"
-            )
-        return None
 
     def _hear(self, member: Member, standing: Standing) -> None:
         newest = standing if standing.serial > member.standing.serial else member.standing
@@ -270,6 +240,7 @@ class _Turn:
             committed=outcome,
             epoch=replace(epoch, committed=outcome, seats=seats),
             losses={},
+            num_stalls=0,
             disagreements=0,
             step_times_s=(*state.step_times_s, self.now_s - state.begun_s)[-NUM_STEP_TIMES:],
             begun_s=self.now_s,
@@ -284,14 +255,14 @@ class _Turn:
                     self._remove(member, "")
             return
         self._follow_losses()
+        self._follow_waits()
         for member in self.state.seated():
             if not member.connected and self.now_s - (member.probed_s or 0.0) >= PROBE_AGAIN_S:
                 self._probe(member)
         state = self.state
-        waited_for, patience_s = state.waited_for(), state.patience_s()
         for member in state.seated():
             silent_s = self.now_s - member.heard_s
-            if member.worker.name in waited_for and silent_s >= patience_s:
+            if silent_s >= state.patience_s() and member.worker.name in state.waited_for():
                 self._evict(member, f"it was silent for {silent_s:.1f} s while others waited for it")
             elif (
                 state.voted_s is not None
@@ -314,17 +285,33 @@ class _Turn:
 
     def _lost_though_alive(self, member: Member, peer: Member, reason: str) -> None:
         """Once, the same members try again; if it happens again, one of the two must go."""
-        state = self.state
-        ranks = {other.worker.name: rank for rank, other in enumerate(state.seated())}
-        first, second = sorted((member.worker.name, peer.worker.name), key=ranks.__getitem__)
-        losses = {**state.losses, (first, second): state.losses.get((first, second), 0) + 1}
+        first, second = pair = self.state.names_by_rank(member, peer)
+        losses = Counter(self.state.losses) + Counter([pair])
         words = f"{first} and {second} do not reach each other" if first != second else f"{first} cannot go on"
-        self.state = replace(state, losses=losses, broken=f"{words} ({reason})")
-        if losses[first, second] >= MAX_LOSSES:
-            # Who is in trouble with more of the others; then who came later.
-            out = max((member, peer), key=lambda m: (sum(m.worker.name in p for p in losses), ranks[m.worker.name]))
-            self.state = replace(self.state, barred={**state.barred, out.worker.name: self.now_s + BARRED_S})
-            self._evict(out, f"{words} ({reason}); it may come back in {BARRED_S:.0f} s")
+        self.state = replace(self.state, losses=losses, broken=f"{words} ({reason})")
+        if losses[pair] >= MAX_LOSSES:
+            self._bar(pair, losses)
+
+    def _follow_waits(self) -> None:
+        """Two that are well wait for each other: what one sends does not get to the other. The first time they may not
+        be the only ones that wait; then the same members try again, and wait for nobody else when they connect."""
+        state = self.state
+        pairs = state.apart() if state.broken is None else ()
+        since_s = {pair: state.apart_since_s.get(pair, self.now_s) for pair in pairs}
+        self.state = replace(state, apart_since_s=since_s)
+        silent_s = self.now_s - min(since_s.values(), default=self.now_s)
+        if silent_s >= max(APART_S, state.patience_s()):
+            words = "{} and {} do not reach each other".format(*pairs[0])
+            reason = f"{words} (nothing has come through for {silent_s:.1f} s)"
+            self.state = replace(self.state, num_stalls=state.num_stalls + 1, broken=reason)
+            if self.state.num_stalls >= MAX_LOSSES:
+                self._bar(pairs[0], pairs)
+
+    def _bar(self, pair: Names, pairs: Collection[Names]) -> None:
+        """One of two goes: who is in trouble with more of the others; then who came later."""
+        name = max(pair, key=lambda name: (sum(name in each for each in pairs), pair.index(name)))
+        self.state, for_s = self.state.barring(name)
+        self._evict(self.state.members[name], f"{self.state.broken}; it may come back in {for_s:.0f} s")
 
     def _form(self) -> None:
         """Form an epoch in place of one that is broken, or with newcomers that have the state of the last commit.
@@ -333,10 +320,12 @@ class _Turn:
         others have computed of the step stays good.
         """
         state = self.state
+        running = state.epoch is not None and state.broken is None
+        if running and (state.voted_s is not None or len(state.seated()) == len(state.members)):
+            return
         ready = state.ready(self.now_s)
         newcomers = [member for member in ready if not state.in_epoch(member.worker)]
-        running = state.epoch is not None and state.broken is None
-        if running and (not newcomers or state.voted_s is not None):
+        if running and not newcomers:
             return
         if state.finished or state.in_doubt() or len(ready) < state.min_workers(self.now_s):
             return
@@ -361,7 +350,10 @@ class _Turn:
         if reason != state.waiting:
             self.actions.append(WaitFor(reason))
             self.state = replace(state, waiting=reason, waiting_since_s=since_s)
-        if state.finished and not state.members:
+        if state.finished and all(member.connected and not state.holds(member) for member in state.members.values()):
+            for member in state.members.values():
+                self.send(member.worker, Refused("this run is over: all steps are taken, by workers that have left"))
+            self.state = replace(self.state, members={})
             self._end("all steps are taken", failed=False)
         elif since_s is not None and self.now_s - since_s >= state.rules.wait_s:
             self._end(f"gave up after {state.rules.wait_s:g} s: {reason}", failed=True)

@@ -10,10 +10,10 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, TextIO, cast
+from typing import IO, TYPE_CHECKING, TextIO, cast
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _LINE_FIELDS = {
     "train/loss": "loss {:.3f}",
@@ -40,6 +40,8 @@ class ConsoleTracker:
     def __init__(
         self, total_steps: int, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
+        from rich.console import Console  # here, as the command that starts the workers needs none of it
+
         lossy = _LossyStream(sys.stdout if stream is None else stream)
         # Not left to rich, which takes FORCE_COLOR, as CI systems set it, for a terminal.
         self._console = Console(file=cast(IO[str], lossy), force_terminal=lossy.isatty())
@@ -68,6 +70,9 @@ class ConsoleTracker:
         """May be called from any thread."""
         self._console.out(text, highlight=False)
 
+    def rewind(self, step: int) -> None:
+        """What was said stays, and is said twice then."""
+
     def checkpoint(self, folder: Path, step: int, aliases: Sequence[str]) -> None:
         self._line(step, f"saved {folder} ({', '.join(aliases)})")
 
@@ -81,6 +86,8 @@ class ConsoleTracker:
 
 class _Bar:
     def __init__(self, console: Console, total_steps: int) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn
+
         self._progress = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=20),

@@ -39,13 +39,13 @@ def test_however_it_ends_it_goes_on(config: Path, tmp_path: Path, mode: str) -> 
     assert f"interrupted: step {last} is saved, --resume goes on from there\n" in done.stdout
     assert checkpoints(stopped)[-1].name == f"step-{last:08d}"
     other = shutil.copytree(killed, tmp_path / "other")
-    train_all(config, {folder: [*arguments, "--resume"] for folder in (killed, stopped)})
+    # As many copies as there were workers have to become more, or fewer.
+    share = [] if "uneven" not in mode else ["parallel.share=even"]
+    resumed = {folder: [*arguments, "--resume"] for folder in (killed, stopped)}
+    train_all(config, resumed | {other: [*arguments, *share, "--resume", "--nproc", "3"]})
     for folder in (killed, stopped):
         assert digest(folder) == digest(whole), folder
         assert metrics(folder) == metrics(whole), folder
-    # As many copies as there were workers have to become more, or fewer.
-    share = [] if "uneven" not in mode else ["parallel.share=even"]
-    train_all(config, {other: [*arguments, *share, "--resume", "--nproc", "3"]})
     assert steps(other) == list(range(1, NUM_STEPS + 1))
 
 
