@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import mlx.core as mx
+import numpy as np
+
 from mlx_distributed.comm.base import Communicator, LocalComm
 from mlx_distributed.comm.grpc_comm import GrpcComm
 
@@ -47,3 +50,24 @@ def join_group(
         comm.close(error)
         raise
     return comm
+
+
+def join_part(comm: Communicator, ranks: Sequence[int], run_id: str, timeout_s: float) -> Communicator:
+    """Join a group of some of the ranks of another group; called on all ranks of that, each with its own part.
+
+    Args:
+        comm: whose ranks they are, all on one machine.
+        ranks: of the part, in the order of their ranks in it; this rank is among them.
+        run_id, timeout_s: as for `join_group`.
+
+    Raises:
+        CommError: a peer did not come, or was refused.
+    """
+
+    def exchange(address: str) -> list[str]:
+        mine = mx.array(np.frombuffer(address.encode(), np.uint8))
+        gathered = comm.all_gather(mine, "addresses")
+        addresses = [np.asarray(array).tobytes().decode() for array in gathered]
+        return [addresses[rank] for rank in ranks]
+
+    return join_group(ranks.index(comm.rank), len(ranks), run_id, timeout_s, "127.0.0.1:0", exchange)

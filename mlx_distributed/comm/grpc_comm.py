@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -21,7 +21,9 @@ from mlx_distributed.comm.compress import Feedback
 from mlx_distributed.comm.endpoint import Endpoint
 from mlx_distributed.comm.grpc_streams import Streams
 from mlx_distributed.comm.hello import Membership
+from mlx_distributed.comm.link_speed import UNKNOWN, LinkSpeed
 from mlx_distributed.comm.malloc import keep_freed_memory
+from mlx_distributed.comm.probe import probe
 from mlx_distributed.comm.reduction import BucketKind, Operation, Reduction, fineness, ownership, slices
 from mlx_distributed.comm.session import Session
 from mlx_distributed.comm.tree_sum import Node
@@ -77,8 +79,7 @@ class GrpcComm(Communicator):
         keep_freed_memory()
         self.rank, self.size, self.generation = rank, size, generation
         self.traffic = Traffic()
-        bandwidths = bandwidths or [1.0] * size
-        self._shares, self._fineness = ownership(bandwidths), fineness(bandwidths)
+        self.share_by(bandwidths or [1.0] * size)
         self._session = Session(rank, generation, group_tag(run_id, generation), timeout_s)
         self._num_reductions = self._num_messages = 0
         self._closed = False
@@ -100,6 +101,30 @@ class GrpcComm(Communicator):
             addresses: of all ranks, in rank order.
         """
         self._run(self._streams.connect(addresses))
+
+    def share_by(self, bandwidths: Sequence[float]) -> None:
+        """Share the slices of buckets in another way from the next operation on; called by all ranks, before any of
+        them begins it.
+
+        Args:
+            bandwidths: of each rank's link, in any unit, the same on every rank.
+        """
+        self._shares, self._fineness = ownership(bandwidths), fineness(bandwidths)
+
+    def measure_links(self, centres: Collection[int]) -> list[LinkSpeed]:
+        """Measure the links of some ranks, one after the other; called by all ranks of a group of two or more.
+
+        Args:
+            centres: the ranks whose links are measured, the same on every rank.
+
+        Returns:
+            By rank, the same on every rank; `UNKNOWN` for those that were not measured.
+        """
+        own, name = UNKNOWN, "the measurement of links"
+        self._check(name, time.monotonic())
+        for centre in sorted(centres):
+            own = self._run(probe(self._session, self.size, centre, self._internal_tag())) or own
+        return [LinkSpeed(*np.asarray(array).tolist()) for array in self.all_gather(mx.array(own), name)]
 
     def start_all_reduce(
         self,

@@ -99,6 +99,8 @@ class Session:
         """What is still to be queued, and from when on: frames are made as they are asked for."""
         self._pump: asyncio.Task[None] | None = None
         """Empties the outbox. Nobody waits for it, and a loop holds on to its tasks only weakly."""
+        self._num_senders = 0
+        """That wait for room in the queue of some peer."""
         self._waiters: set[asyncio.Future[None]] = set()
         self._waits: list[dict[int, float]] = []
         """Whom each call that waits waits for, and since when of the monotonic clock."""
@@ -249,8 +251,13 @@ class Session:
         link.queue.put_nowait(_Message(frame))
         link.queue.put_nowait(None)
 
-    async def _room(self, link: Link) -> None:
-        await self._until(lambda: link.queue.qsize() < MAX_QUEUED)
+    async def room(self, link: Link) -> None:
+        """Until the stream to a peer can do with another frame."""
+        self._num_senders += 1
+        try:
+            await self._until(lambda: link.queue.qsize() < MAX_QUEUED)
+        finally:
+            self._num_senders -= 1
 
     def _queue(self, peer: int, frame: Frame) -> None:
         if self.failure is not None:
@@ -275,7 +282,7 @@ class Session:
                 outgoing, has_room = self._outbox[0]
                 await self._until(has_room)
                 for peer, frame in outgoing:
-                    await self._room(self.links[peer])
+                    await self.room(self.links[peer])
                     if self.failure is not None:
                         break
                     self._queue(peer, frame)
@@ -305,7 +312,7 @@ class Session:
             link.moved_s = time.monotonic()
             if message is None:
                 return
-            if self._outbox:
+            if self._num_senders:
                 self._notify()
 
     async def _receive(self, peer: int, link: Link, frame: Frame) -> None:

@@ -92,6 +92,7 @@ class Coordinator:
         identity: shown to all who connect; None means that nothing is encrypted. None need be shown: the token says who
             may speak.
         description: for workers that are to join; None where nobody may.
+        clock: seconds that never go back.
 
     Raises:
         ConfigError: the journal is of another run, or damaged.
@@ -105,9 +106,11 @@ class Coordinator:
         tell: Callable[[str], None] = lambda _: None,
         identity: Identity | None = None,
         description: Description | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.state: State
-        self.state, self._first = started(rules, journal.records, time.monotonic())
+        self._clock = clock
+        self.state, self._first = started(rules, journal.records, clock())
         self._journal, self._token, self._tell, self._identity = journal, token, tell, identity
         self._description = description
         self._streams: dict[WorkerId, asyncio.Queue[Message | None]] = {}
@@ -164,7 +167,7 @@ class Coordinator:
 
     def _happen(self, event: Event) -> None:
         if self._serving:
-            self.state, actions = transition(self.state, event, time.monotonic())
+            self.state, actions = transition(self.state, event, self._clock())
             self._do(actions)
 
     def _do(self, actions: tuple[Action, ...]) -> None:
@@ -236,7 +239,7 @@ class Coordinator:
 
     async def _status(self, _: bytes, context: grpc.aio.ServicerContext) -> bytes:
         await self._admit(context)
-        return status_to_pb(status_of(self.state, time.monotonic())).SerializeToString()
+        return status_to_pb(status_of(self.state, self._clock())).SerializeToString()
 
     async def _attend(self, _: object, context: grpc.aio.ServicerContext) -> None:
         """One stream of one worker."""

@@ -43,6 +43,10 @@ class MemberStatus:
     silent_s: float
     waited_for: bool
     """The others cannot go on without it."""
+    bandwidth: float = 0.0
+    """Of its link, in bytes per second; 0 where it has not been measured."""
+    round_trip_s: float = 0.0
+    """To the nearest of the others; likewise."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,8 @@ def status_of(state: State, now_s: float) -> RunStatus:
                 speed=member.standing.speed,
                 silent_s=max(now_s - member.heard_s, 0.0),
                 waited_for=member.worker.name in waited_for,
+                bandwidth=member.standing.bandwidth,
+                round_trip_s=member.standing.round_trip_s,
             )
             for member in members
         ),
@@ -136,6 +142,8 @@ def status_from_pb(message: pb.RunStatus) -> RunStatus:
                 speed=member.speed,
                 silent_s=member.silent_s,
                 waited_for=member.waited_for,
+                bandwidth=member.bandwidth,
+                round_trip_s=member.round_trip_s,
             )
             for member in message.members
         ),

@@ -18,6 +18,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from mlx_distributed.comm._pb import membership_pb2 as pb
+from mlx_distributed.comm.link_speed import UNKNOWN, LinkSpeed
 from mlx_distributed.elastic.inquiry import (
     DESCRIBE,
     STATUS,
@@ -35,7 +36,7 @@ from mlx_distributed.elastic.messages import (
     message_from_pb,
     standing_to_pb,
 )
-from mlx_distributed.elastic.protocol import Facts, Hello, Message, Refused
+from mlx_distributed.elastic.protocol import Enter, Evicted, Facts, Fetch, Hello, Message, Refused
 from mlx_distributed.elastic.state import HEARTBEAT_S
 from mlx_distributed.elastic.worker import View
 from mlx_distributed.errors import ConfigError, TrainingError
@@ -51,7 +52,7 @@ ANSWER_S = 10.0
 """So long a coordinator may take to answer a question."""
 MAX_ANSWER_BYTES = 4 << 20
 LEAVE_S = 2.0
-"""So long a worker that leaves tries to say so."""
+"""So long a worker that leaves tries to say so. A Mac that is about to sleep waits for 30 s."""
 
 OPTIONS = [
     ("grpc.enable_retries", 0),
@@ -91,7 +92,10 @@ class Membership:
         self._changed = threading.Condition()
         # All below is read and written with the lock of `_changed`.
         self._view, self._speed, self._serial, self._told = view, 0.0, 0, False
+        self._link = UNKNOWN
         self._leave: str | None = None
+        """Why it is out of the run by its own wish; None where it takes part."""
+        self._closed = False
         self._call: grpc.Call | None = None
         self._away_since_s: float | None = time.monotonic()
         self._thread = threading.Thread(target=self._stay, name="membership", daemon=True)
@@ -109,16 +113,18 @@ class Membership:
         with self._changed:
             return 0.0 if self._away_since_s is None else time.monotonic() - self._away_since_s
 
-    def change(self, how: Callable[[View], View], speed: float | None = None) -> View:
+    def change(self, how: Callable[[View], View], speed: float | None = None, link: LinkSpeed | None = None) -> View:
         """Something has happened here: a reduction is done, state was fetched, a peer is silent. Told at once.
 
         Args:
             how: from the view before to the view after.
             speed: micro-batches per second, where it was measured anew; told with the next news.
+            link: of this worker, likewise.
         """
         with self._changed:
             before, self._view = self._view, how(self._view)
             self._speed = self._speed if speed is None else speed
+            self._link = self._link if link is None else link
             self._told = self._told and self._view == before
             self._changed.notify_all()
             return self._view
@@ -128,15 +134,28 @@ class Membership:
         with self._changed:
             return self._changed.wait_for(lambda: condition(self._view), timeout_s) or None
 
-    def close(self, reason: str) -> None:
-        """Leave the run in good order."""
+    def leave(self, reason: str) -> None:
+        """Leave the run until `come_back`: the others go on at once with what this worker was to do. What it has
+        prepared counts if they have taken that step. Returns when the coordinator knows, or after `LEAVE_S`."""
         with self._changed:
             self._leave = reason
             self._changed.notify_all()
-        self._thread.join(LEAVE_S)
-        with self._changed:
-            if self._call is not None:
+            if not self._changed.wait_for(lambda: self._call is None, LEAVE_S) and self._call is not None:
                 self._call.cancel()
+            self._view = self._view.receive(self._view.term, Evicted(reason))
+            self._changed.notify_all()
+
+    def come_back(self) -> None:
+        """Take part again, as after a connection that was lost."""
+        with self._changed:
+            self._leave = None
+            self._changed.notify_all()
+
+    def close(self, reason: str) -> None:
+        """Leave the run in good order, for good."""
+        with self._changed:
+            self._closed = True
+        self.leave(reason)
         self._thread.join()
 
     # Everything below runs in threads of its own: `_speak` in one of gRPC, the rest in ours.
@@ -150,8 +169,14 @@ class Membership:
                 if self._away_since_s is None:
                     self._away_since_s = time.monotonic()
                 pause_s = EVICTED_S if self._view.out else backoff_s
-                if self._changed.wait_for(lambda: self._view.ended is not None or self._leave is not None, pause_s):
+                if self._changed.wait_for(self._is_over, pause_s):
                     return
+                self._changed.wait_for(lambda: self._is_over() or self._leave is None)
+                if self._is_over():
+                    return
+
+    def _is_over(self) -> bool:
+        return self._closed or self._view.ended is not None
 
     def _attend(self) -> bool:
         """One stream, to its end; whether there was one."""
@@ -191,7 +216,7 @@ class Membership:
                     self._view = replace(self._view, out=None)
                 self._serial += 1
                 self._told = True
-                standing = self._view.standing(self._serial, self._speed)
+                standing = self._view.standing(self._serial, self._speed, self._link)
             if leave is not None:
                 yield pb.FromWorker(leave=leave).SerializeToString()
                 return
@@ -203,7 +228,10 @@ class Membership:
                 self._changed.wait_for(news, HEARTBEAT_S)
 
     def _receive(self, term: int, message: Message) -> None:
-        self.change(lambda view: view.receive(term, message))
+        with self._changed:
+            # What was sent before the coordinator knew that this worker leaves would bring it back.
+            if self._leave is None or not isinstance(message, Enter | Fetch):
+                self.change(lambda view: view.receive(term, message))
 
 
 @dataclass(frozen=True)

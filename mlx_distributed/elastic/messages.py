@@ -58,9 +58,10 @@ def standing_to_pb(standing: Standing) -> pb.FromWorker:
 
 
 def standing_from_pb(standing: pb.Standing) -> Standing:
-    """Raises ValueError where the speed is not a number that can be."""
-    if not (math.isfinite(standing.speed) and standing.speed >= 0):
-        raise ValueError(f"a speed of {standing.speed}")
+    """Raises ValueError where what was measured is not a number that can be."""
+    for measured in (standing.speed, standing.bandwidth, standing.round_trip_s):
+        if not (math.isfinite(measured) and measured >= 0):
+            raise ValueError(f"a speed, bandwidth or round trip of {measured}")
     return Standing(
         serial=standing.serial,
         committed=_outcome_from_pb(standing.committed),
@@ -69,6 +70,8 @@ def standing_from_pb(standing: pb.Standing) -> Standing:
         speed=standing.speed,
         waiting_for=tuple(standing.waiting_for),
         lost=Loss(standing.lost.name, standing.lost.reason) if standing.HasField("lost") else None,
+        bandwidth=standing.bandwidth,
+        round_trip_s=standing.round_trip_s,
     )
 
 
@@ -117,6 +120,8 @@ def _standing_to_pb(standing: Standing) -> pb.Standing:
         speed=standing.speed,
         waiting_for=standing.waiting_for,
         lost=pb.Loss(name=standing.lost.name, reason=standing.lost.reason) if standing.lost else None,
+        bandwidth=standing.bandwidth,
+        round_trip_s=standing.round_trip_s,
     )
 
 
@@ -139,15 +144,21 @@ def _id_from_pb(epoch: pb.EpochId) -> EpochId:
 def _epoch_to_pb(epoch: Epoch) -> pb.Epoch:
     seats = [
         pb.Seat(
-            name=seat.worker.name, incarnation=seat.worker.incarnation, address=seat.address, weight=seat.weight
+            name=seat.worker.name,
+            incarnation=seat.worker.incarnation,
+            address=seat.address,
+            weight=seat.weight,
+            bandwidth=seat.bandwidth,
         )
         for seat in epoch.seats
-    ]  # fmt: skip
+    ]
     return pb.Epoch(
         id=_id_to_pb(epoch.id), committed=_outcome_to_pb(epoch.committed), seats=seats, reason=epoch.reason
     )  # fmt: skip
 
 
 def _epoch_from_pb(epoch: pb.Epoch) -> Epoch:
-    seats = tuple(Seat(WorkerId(seat.name, seat.incarnation), seat.address, seat.weight) for seat in epoch.seats)
+    seats = tuple(
+        Seat(WorkerId(seat.name, seat.incarnation), seat.address, seat.weight, seat.bandwidth) for seat in epoch.seats
+    )
     return Epoch(_id_from_pb(epoch.id), _outcome_from_pb(epoch.committed), seats, epoch.reason)

@@ -64,6 +64,8 @@ class Seat:
     """Where its collective and its state are served, as in 10.0.0.7:4000."""
     weight: float
     """Of its share of the micro-batches."""
+    bandwidth: float = 0.0
+    """Of its link, in bytes per second; 0 where the members of the epoch are to measure it."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,10 @@ class Standing:
     """Names of those that have been silent in the collective of `epoch` for a while, though something is due."""
     lost: Loss | None = None
     """Why the collective of `epoch` has failed here."""
+    bandwidth: float = 0.0
+    """Of its link, in bytes per second; 0 where it has not been measured."""
+    round_trip_s: float = 0.0
+    """To the nearest of the others; likewise."""
 
 
 # Events: what happens to the coordinator.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from mlx_distributed.comm.link_speed import UNKNOWN, LinkSpeed
 from mlx_distributed.elastic.protocol import (
     NOTHING,
     START,
@@ -56,10 +57,13 @@ class View:
                 return view._commit(message)
             case Enter(epoch):
                 return view._enter(epoch)
-            case Fetch():
-                # Members of an epoch need no state; what says otherwise is late. (One of an earlier term may.)
-                late = view.epoch is not None and view.epoch.id.term == term
-                return view if late or message.outcome == view.committed else replace(view, offer=message)
+            case Fetch(outcome):
+                # Members of an epoch need no state, and what says otherwise is late (one of an earlier term may);
+                # unless the others have gone on, and the word that this worker is out was lost with its connection.
+                ours = view.epoch is not None and view.epoch.id.term == term
+                if outcome == view.committed or (ours and outcome.step <= view.committed.step):
+                    return view
+                return replace(view._without_epoch(), prepared=view.prepared, offer=message)
             case Evicted(reason, must_fetch):
                 if must_fetch:
                     return replace(view._without_epoch(), committed=NOTHING, out=reason)
@@ -84,10 +88,10 @@ class View:
             return self
         return replace(self, waiting_for=waiting_for, lost=lost or self.lost)
 
-    def standing(self, serial: int, speed: float = 0.0) -> Standing:
+    def standing(self, serial: int, speed: float = 0.0, link: LinkSpeed = UNKNOWN) -> Standing:
         """What the coordinator is told."""
         epoch = self.epoch.id if self.epoch else None
-        return Standing(serial, self.committed, epoch, self.prepared, speed, self.waiting_for, self.lost)
+        return Standing(serial, self.committed, epoch, self.prepared, speed, self.waiting_for, self.lost, *link)
 
     def _commit(self, message: Commit) -> View:
         view = self

@@ -28,14 +28,17 @@ from mlx_distributed.cli.run import choose_device
 from mlx_distributed.comm.base import Communicator
 from mlx_distributed.comm.buckets import BucketLayout, to_buckets
 from mlx_distributed.comm.group import join_group
+from mlx_distributed.comm.grpc_comm import GrpcComm
 from mlx_distributed.comm.native import NativeComm
 from mlx_distributed.config import load_config
+from mlx_distributed.elastic.links import share_slices
 from mlx_distributed.parallel.mesh import Mesh
 from mlx_distributed.train.setup import gradient_layout, init_state, make_optimizer
 from mlx_distributed.train.state import TrainState
+from mlx_distributed.train.phases import Phases
 from mlx_distributed.train.trainer import Trainer
 
-PORTS = {"grpc": 7000, "owned": 7001, "ring": 7002, "gloo": 7003}
+PORTS = {"grpc": 7000, "owned": 7001, "ring": 7002, "gloo": 7003, "measured": 7004}
 TIMEOUT_S = 300.0
 
 Run = Callable[[], Any]
@@ -50,7 +53,8 @@ class Rank:
         self._others: dict[str, Any] = {}
 
     def comm(self, name: str) -> Communicator:
-        """`grpc` (equal slices) or `owned` (slices by the rates of the links); all ranks ask in one order."""
+        """`grpc` (equal slices), `owned` (slices by the rates of the links) or `measured` (by what `probe` has found);
+        all ranks ask in one order."""
         if name not in self._ours:
             rank, addresses = self._rank, self._addresses(name)
             bandwidths = self._rates_mbit if name == "owned" else None
@@ -88,6 +92,16 @@ class Rank:
         self.comm("grpc").barrier("the end")  # Until then the peers may be waiting for some of our bytes.
         return seconds, sent_bytes() - before_bytes, result
 
+    def probe(self) -> dict[str, Any]:
+        """Measure the links as the workers of an elastic run do, and share the slices of `measured` by that."""
+        comm = self.comm("measured")
+        assert isinstance(comm, GrpcComm)
+        comm.barrier("the beginning")
+        start_s = time.perf_counter()
+        links = share_slices([0.0] * comm.size, comm)
+        seconds = time.perf_counter() - start_s
+        return {"seconds": seconds, "mbit_per_s": links[self._rank].bytes_per_s * 8e-6}
+
     def all_reduce(self, side: str, num_elements: int, wire: str) -> dict[str, float]:
         """One allreduce."""
         reduce = self.side(side, wire).prepare(values_of(self._rank, num_elements))
@@ -106,7 +120,7 @@ class Rank:
             layout = gradient_layout(state.parameters, wire)
             alone_s, *_ = self.measured(reduction(comm, layout, state.parameters))
             wired = replace(config, parallel=replace(config.parallel, wire=wire))
-            trainer = Trainer(wired, loaded.plan, loaded.rows.train)
+            trainer = Trainer(Phases(wired, loaded.plan, loaded.rows.train))
             state.step = step  # every side computes the same micro-batches
             _, num_bytes, info = self.measured(lambda: trainer.train_step(state, Mesh(dp=comm)))
             times = {"step_s": info.step_s, "comm_s": info.comm_s, "exposed_s": info.comm_exposed_s}
@@ -124,7 +138,7 @@ class Rank:
         config, comm = load_config(Path(config_file), settings), self.comm("grpc")
         loaded = load_all(config, comm)
         state = init_state(loaded.model, config, comm)
-        trainer = Trainer(config, loaded.plan, loaded.rows.train)
+        trainer = Trainer(Phases(config, loaded.plan, loaded.rows.train))
         seconds, num_bytes, infos = self.measured(lambda: list(trainer.steps(state, Mesh(dp=comm))))
         num_tokens = sum(info.num_tokens for info in infos)
         return {"tokens_per_s": num_tokens / seconds, "bytes_per_step": num_bytes / len(infos)}

@@ -222,11 +222,16 @@ def equal(folder: Path, wires: Sequence[str], links: Sequence[int], sizes_mb: Se
 
 
 def unequal(folder: Path, wires: Sequence[str]) -> None:
-    """Allreduces where one link is slower than the others, with equal slices and with slices by the rates."""
+    """Allreduces where one link is slower than the others, with equal slices, with slices by the rates, and by what an
+    elastic run measures of them."""
     sides = sides_of(wires) | {f"{wire}, by rate": ("owned", wire) for wire in wires}
+    sides |= {f"{wire}, measured": ("measured", wire) for wire in wires}
     print(f"{UNEQUAL_MB} MB over links of {'/'.join(map(str, UNEQUAL_MBIT))} Mbit/s")
     table = Table("slices         ", "optimum, s", "equal slices, s", "measured, s", "of optimum", "most MB sent")
     with ranks_over(UNEQUAL_MBIT) as ranks:
+        answers = ranks.ask(what="probe")
+        found = "/".join(f"{answer['mbit_per_s']:.0f}" for answer in answers)
+        print(f"measured as {found} Mbit/s in {answers[0]['seconds']:.2f} s")
         ranks.all_reduce(sides, 0.001, 1, folder)
         results = ranks.all_reduce(sides, UNEQUAL_MB, UNEQUAL_ROUNDS, folder)
     for name, (_, wire) in sides.items():

@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import pytest
 from support import children, ends_within
 
+from mlx_distributed.cli.bench import meeting
 from mlx_distributed.cli.distributed import main
 from mlx_distributed.comm.compress import CODECS
 
@@ -98,6 +99,62 @@ def test_a_rank_that_dies_is_named(lost: int) -> None:
     assert all(ends_within(rank, 0.0) for rank in ranks)
 
 
+@contextmanager
+def over_machines(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], subprocess.Popen[str], str]]:
+    """Rank 0, rank 1, and the join string that the first one has printed."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [PROGRAM, "bench", *arguments, "--workers", "2", "--listen", "127.0.0.1:0"]
+    with (
+        subprocess.Popen(command, **pipes) as first,
+        subprocess.Popen([PROGRAM, "bench", "join", "-"], **pipes) as second,
+    ):
+        try:
+            assert first.stderr is not None
+            text = first.stderr.readline().split()[-1]
+            yield first, second, text
+        finally:
+            first.kill()
+            second.kill()
+
+
+def test_one_rank_on_each_of_several_machines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--sizes", "4B,64KiB", "--wire", "fp32,int8", "--against", "ring", "--rounds", "2", "--json"]
+    with over_machines("latency", *options) as (first, second, text):
+        with monkeypatch.context() as other:
+            other.setattr(meeting, "__version__", "9.9.9")
+            assert main(["bench", "join", text]) == 2
+            assert "is of mlx-distributed " in capsys.readouterr().err
+        out, err = second.communicate(f"{text}\n")
+        assert (second.returncode, out, err) == (0, "rank 1 of 2; rank 0 shows the figures\n", "")
+        out, err = first.communicate()
+    assert first.returncode == 0, err
+    assert "error" not in err
+    rows = [json.loads(line) for line in out.splitlines()]
+    sides = [("grpc-tls", "fp32"), ("grpc-tls", "int8"), ("ring", "fp32")]
+    assert [(row["size_bytes"], row["backend"], row["wire"]) for row in rows] == [
+        (size_bytes, *side) for size_bytes in (4, 64 << 10) for side in sides
+    ]
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_machine_that_is_lost_is_named(lost: int) -> None:
+    with over_machines("allreduce", "--sizes", "4B,64MiB") as (*commands, text):
+        assert commands[1].stdin is not None
+        commands[1].stdin.write(f"{text}\n")
+        commands[1].stdin.close()
+        commands[1].stdin = None
+        assert commands[0].stdout is not None
+        assert any("grpc-tls" in line for line in commands[0].stdout)
+        commands[lost].kill()
+        commands[lost].wait()
+        _, err = commands[1 - lost].communicate()
+        assert commands[1 - lost].returncode == 1
+        assert f"rank {lost}" in err.splitlines()[-1]
+        assert err.count("error: ") == 1
+
+
 def test_a_reader_that_has_gone_away_ends_it() -> None:
     command = [PROGRAM, "bench", "allreduce", "--sizes", "4B,64MiB"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -116,6 +173,16 @@ def test_a_reader_that_has_gone_away_ends_it() -> None:
         (["latency", "--sizes", "3B"], "--sizes 3B: float32 values of 4 bytes are sent"),
         (["links", "--picture", "links.png"], "--picture links.png: the picture is an SVG; name it links.svg"),
         (["links", "--picture", "gone/links.svg"], "--picture gone/links.svg: cannot be written"),
+        (["links", "--workers", "3"], "--workers needs --listen: "),
+        (["links", "--listen", "10.0.0.7:4000"], "--listen needs --workers: "),
+        (["links", "--workers", "1", "--listen", "10.0.0.7:4000"], "--workers 1: a single rank has nobody"),
+        (["links", "--workers", "2", "--listen", "0.0.0.0:4000"], "--listen 0.0.0.0:4000: must be a host and a port"),
+        (["links", "--workers", "2", "--listen", "a:4000", "--nproc", "2"], "--nproc 2 cannot stand beside --workers"),
+        (
+            ["latency", "--workers", "2", "--listen", "127.0.0.1:4000", "--against", "gloo"],
+            "--against gloo: unknown; there are ring",
+        ),
+        (["join", "mlxd1abc"], "this join string is damaged"),
     ],
 )
 def test_nonsense_starts_nothing(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import secrets
 import sys
@@ -10,12 +11,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_distributed.cli.bench.options import Options, read_options
 from mlx_distributed.cli.local import LocalGroup, worker_environment
+from mlx_distributed.config.checks import is_address
 from mlx_distributed.errors import ConfigError
 
+if TYPE_CHECKING:
+    from mlx_distributed.cli.bench.report import Report
+
+HOST = "127.0.0.1"
 GRACE_S = 5.0
 """A rank inside the ring has no deadline; when another one has died, it is ended after this."""
 
@@ -25,9 +31,16 @@ examples:
   mlx-distributed bench allreduce --sizes 1MiB,16MiB --wire fp32,bf16,int8 --json
   mlx-distributed bench latency
   mlx-distributed bench links --nproc 3 --picture links.svg
+
+over several machines, one rank on each:
+  mlx-distributed bench allreduce --workers 3 --listen 192.168.1.20:4000 --wire fp32,bf16,int8
+  mlx-distributed bench join STRING
 """
 EPILOG = f"""\
 {EXAMPLES}
+The first of the last two is rank 0, shows the figures, and prints the string for the second one, which is given on each
+of the other machines. All of ours goes over TLS there; `ring` does not.
+
 With --json there is one object per line: op, backend, wire, num_ranks, size_bytes, median_s, algbw_gb_per_s (10^9 bytes
 of float32 per second of median_s), ratio_to_ring, ratio_to_gloo and ratio_to_sockets (time of that / median_s; null
 without it) and cpu_s_per_gb (processor seconds of all ranks per 10^9 bytes that have to move, 2 (ranks - 1) times the
@@ -64,7 +77,7 @@ def add_bench(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     bench = verbs.add_parser(
         "bench",
         help="measure how fast workers exchange arrays",
-        description="Measure how fast workers exchange arrays, here with several ranks on this machine.",
+        description="Measure how fast workers exchange arrays, several on one machine or one on each of several.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -77,7 +90,10 @@ def add_bench(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
             epilog=EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        parser.add_argument("--nproc", default="2", metavar="N", help="ranks to start on this machine (default: 2)")
+        parser.add_argument("--nproc", metavar="N", help="ranks to start on this machine (default: 2)")
+        parser.add_argument("--workers", metavar="N", help="ranks on as many machines, of which this is one")
+        where = "address of this machine that the others reach; with --workers"
+        parser.add_argument("--listen", metavar="HOST:PORT", help=where)
         parser.add_argument("--sizes", default=sizes, help=f"of the arrays, such as 64KiB (default: {sizes})")
         if op == "links":
             parser.add_argument("--picture", type=Path, metavar="FILE", help="also write the tables as an SVG file")
@@ -85,8 +101,11 @@ def add_bench(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         else:
             formats = "wire formats of ours: fp32, bf16, fp16, int8, int4 (default: fp32)"
             parser.add_argument("--wire", default="fp32", metavar="FORMATS", help=formats)
-            others = "what to compare with: ring, gloo (needs PyTorch), sockets or none (default: ring)"
-            parser.add_argument("--against", default="ring", metavar="BACKENDS", help=others)
+            others = (
+                "what to compare with: ring, gloo (needs PyTorch), sockets or none (default: ring); over several "
+                "machines ring or none (default: none)"
+            )
+            parser.add_argument("--against", metavar="BACKENDS", help=others)
             parser.add_argument("--tls", action="store_true", help="also time ours over TLS")
             parser.set_defaults(picture=None)
         rounds = f"the median of so many is taken (default: {num_rounds})"
@@ -94,6 +113,16 @@ def add_bench(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         parser.add_argument("--json", action="store_true", help="print one JSON object per row and nothing else")
         parser.add_argument("--debug", action="store_true", help="print tracebacks")
         parser.set_defaults(body=_bench)
+    parser = ops.add_parser(
+        "join",
+        help="take part in a benchmark that another machine has begun",
+        description="Be one of the ranks of a benchmark over several machines.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("string", metavar="STRING", help="that it has printed; - reads it from standard input")
+    parser.add_argument("--debug", action="store_true", help="print tracebacks")
+    parser.set_defaults(body=_join)
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -101,22 +130,70 @@ def _bench(args: argparse.Namespace) -> int:
     from mlx_distributed.cli.bench.report import Report
     from mlx_distributed.comm.compress import CODECS
 
-    words = (args.nproc, args.sizes, args.wire, args.against, args.rounds)
-    options = read_options(args.op, *words, args.tls, tuple(CODECS))
+    over_network = _over_network(args)
+    against = args.against or ("none" if over_network else "ring")
+    words = ((args.workers if over_network else args.nproc) or "2", args.sizes, args.wire, against, args.rounds)
+    options = read_options(args.op, *words, args.tls, tuple(CODECS), over_network)
     if args.picture is not None:
         _check_picture(args.picture)
     report = Report(options, args.json, args.picture)
-    report.begin()
-    status = _run_ranks(options, report.hear, args.debug)
+    if over_network:
+        status = _host(options, args.listen, report, args.debug)
+    else:
+        report.begin()
+        status = _run_ranks(options, report.hear, args.debug)
     if status == 0:
         report.end()
     return status
 
 
+def _over_network(args: argparse.Namespace) -> bool:
+    """Whether ranks are on several machines."""
+    if args.workers is None and args.listen is None:
+        return False
+    if args.workers is None or args.listen is None:
+        given, lacks = ("--workers", "--listen") if args.listen is None else ("--listen", "--workers")
+        raise ConfigError(
+            f"{given} needs {lacks}: a benchmark over several machines is begun with both, as in --workers 3 --listen "
+            "192.168.1.20:4000"
+        )
+    if args.nproc is not None:
+        raise ConfigError(f"--nproc {args.nproc} cannot stand beside --workers, of which there is one on each machine")
+    if not is_address(args.listen):
+        raise ConfigError(
+            f"--listen {args.listen}: must be a host and a port that other machines reach, such as 192.168.1.20:4000"
+        )
+    return True
+
+
+def _host(options: Options, listen: str, report: Report, debug: bool) -> int:
+    from mlx_distributed.cli.bench.meeting import Meeting
+    from mlx_distributed.cli.bench.several import host
+
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    report.where = "on as many machines, over TLS"
+    with contextlib.closing(Meeting(listen)) as meeting:
+        return host(options, meeting, tell, report, debug)
+
+
+def _join(args: argparse.Namespace) -> int:
+    from mlx_distributed.cli.bench.several import join
+    from mlx_distributed.cli.elastic.attended import read_line
+
+    return join(read_line(sys.stdin.fileno()) if args.string == "-" else args.string, args.debug)
+
+
 def _run_ranks(options: Options, hear: Callable[[Mapping[str, Any]], None], debug: bool) -> int:
     env, _ = worker_environment(os.environ, sys.platform)  # no hint: nothing here multiplies matrices
     secret = secrets.token_hex(16)
-    same = {"secret": secret, "options": asdict(options), "identity": _new_identity() if options.tls else None}
+    same = {
+        "secret": secret,
+        "host": HOST,
+        "options": asdict(options),
+        "identity": _new_identity() if options.tls else None,
+    }
     jobs = [{"rank": rank, **same} for rank in range(options.num_ranks)]
     program = "mlx_distributed.cli.bench.rank"
     return LocalGroup(jobs, [None] * options.num_ranks, env, debug, program, GRACE_S, hear).run()

@@ -16,6 +16,8 @@ MAX_SIZE_BYTES = 1 << 30
 MAX_RANKS = 64
 BACKENDS = ("ring", "gloo", "sockets")
 """What ours can be compared with."""
+BACKENDS_OVER_NETWORK = ("ring",)
+"""Likewise, where ranks are on several machines."""
 
 _SIZE = re.compile(rf"(\d+) *({'|'.join(UNITS)})", re.IGNORECASE)
 _FACTORS = {name.lower(): factor for name, factor in UNITS.items()}
@@ -33,10 +35,20 @@ class Options:
     num_rounds: int
     tls: bool = False
     """Ours over TLS too."""
+    over_network: bool = False
+    """Ranks are on several machines, and nothing of ours goes without TLS."""
 
 
 def read_options(
-    op: str, nproc: str, sizes: str, wire: str, against: str, rounds: str, tls: bool, wires: Collection[str]
+    op: str,
+    nproc: str,
+    sizes: str,
+    wire: str,
+    against: str,
+    rounds: str,
+    tls: bool,
+    wires: Collection[str],
+    over_network: bool = False,
 ) -> Options:
     """The options of one benchmark from its arguments.
 
@@ -44,19 +56,23 @@ def read_options(
         op: the sub-verb.
         tls: a flag.
         wires: the formats that there are.
+        over_network: ranks are on several machines; `nproc` is then what was given as `--workers`.
 
     Raises:
         ConfigError: one of them makes no sense; the message says what would.
     """
-    num_ranks = _whole_number("nproc", nproc, 2, MAX_RANKS, "a single rank has nobody to send to; use 2 or more")
+    count = "workers" if over_network else "nproc"
+    num_ranks = _whole_number(count, nproc, 2, MAX_RANKS, "a single rank has nobody to send to; use 2 or more")
+    known = BACKENDS_OVER_NETWORK if over_network else BACKENDS
     return Options(
         op,
         num_ranks,
         tuple(dict.fromkeys(map(parse_size, _words(sizes, "sizes")))),
         tuple(dict.fromkeys(_chosen("wire", wire, wires))),
-        tuple(dict.fromkeys(_chosen("against", against, BACKENDS))) if against != "none" else (),
+        tuple(dict.fromkeys(_chosen("against", against, known))) if against != "none" else (),
         _whole_number("rounds", rounds, 1, 10_000, "medians need at least one round; use 10 or so"),
-        tls,
+        tls or over_network,
+        over_network,
     )
 
 

@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     from mlx_distributed.cli.bench.sides import Side
     from mlx_distributed.cli.bench.sockets import SocketMesh
     from mlx_distributed.comm.grpc_comm import GrpcComm
+    from mlx_distributed.comm.tls import Identity
 
 TIMEOUT_S = 60.0
 """A rank that is waited for and sends nothing for so long is given up."""
 NOT_INSTALLED = "-"
+MBIT = 1e6 / 8
+"""Bytes."""
 
 
 def main(fd: int, debug: bool) -> int:
@@ -56,15 +59,20 @@ def _work(control: Control) -> int:
         if rank == 0:
             control.send(**said)
 
-    comms = [GrpcComm(rank, options.num_ranks, message["secret"], timeout_s=TIMEOUT_S)]
+    identities: list[Identity | None] = [] if options.over_network else [None]
     if message["identity"] is not None:
         from mlx_distributed.comm.tls import Identity
 
-        identity = Identity(**message["identity"])
-        comms.append(GrpcComm(rank, options.num_ranks, message["secret"], timeout_s=TIMEOUT_S, identity=identity))
+        identities.append(Identity(**message["identity"]))
+    host, secret = message["host"], message["secret"]
+    comms = [
+        GrpcComm(rank, options.num_ranks, secret, timeout_s=TIMEOUT_S, listen=f"{host}:0", identity=identity)
+        for identity in identities
+    ]
+    names = ["grpc" if identity is None else "grpc-tls" for identity in identities]
     try:
         with contextlib.closing(SocketMesh(rank, options.num_ranks)) as mesh:
-            sides = _meet(comms, mesh, options, control, tell)
+            sides = _meet(comms, names, host, mesh, options, control, tell)
             if options.op == "links":
                 for link in measure_links(comms[0], options):
                     tell(link=asdict(link))
@@ -81,26 +89,34 @@ def _work(control: Control) -> int:
 
 
 def _meet(
-    comms: Sequence[GrpcComm], mesh: SocketMesh, options: Options, control: Control, tell: Callable[..., None]
+    comms: Sequence[GrpcComm],
+    names: Sequence[str],
+    host: str,
+    mesh: SocketMesh,
+    options: Options,
+    control: Control,
+    tell: Callable[..., None],
 ) -> list[Side]:
     """Join the group of each backend; returns what is to be compared.
 
     Args:
-        comms: ours, and if there is a second one, the same over TLS.
+        comms: ours, one or two.
+        names: of them as backends.
+        host: address of this machine that the others reach.
     """
     from mlx_distributed.cli.bench.gloo import gloo_side, import_torch, join_gloo
     from mlx_distributed.cli.bench.sides import free_address, grpc_side, join_ring, ring_side
     from mlx_distributed.cli.bench.sockets import sockets_side
+    from mlx_distributed.elastic.links import share_slices
 
     torch, reason = import_torch() if "gloo" in options.against else (None, "")
-    with free_address() as for_ring, free_address() as for_gloo:
+    with free_address(host) as for_ring, free_address() as for_gloo:
         others = [mesh.address, for_ring, for_gloo if torch else NOT_INSTALLED]
         own = " ".join([*others, *(comm.address for comm in comms)])
         all_ranks = [line.split() for line in control.exchange(own)]
     of_meshes, of_rings, of_gloo, *of_comms = zip(*all_ranks, strict=True)
 
     rank, size = comms[0].rank, comms[0].size
-    names = ("grpc", "grpc-tls")[: len(comms)]
     sides = [grpc_side(comm, wire, name) for comm, name in zip(comms, names, strict=True) for wire in options.wires]
     # The others before `connect`: while MLX makes its ring, no other thread of this process runs.
     if "ring" in options.against:
@@ -116,6 +132,10 @@ def _meet(
         sides.append(sockets_side(mesh))
     for comm, addresses in zip(comms, of_comms, strict=True):
         comm.connect(addresses)
+    if options.over_network and options.op != "links":
+        speeds = share_slices([0.0] * size, comms[0])
+        figures = ", ".join(f"{speeds[each].bytes_per_s / MBIT:.0f}" for each in range(size))
+        tell(note=f"by rank, links give {figures} Mbit/s; slices are shared by that, as in an elastic run")
     return sides
 
 

@@ -23,6 +23,9 @@ class Report:
         picture: where to draw the links, or None.
     """
 
+    where = "on this machine"
+    """The ranks are."""
+
     def __init__(self, options: Options, as_json: bool, picture: Path | None) -> None:
         self._options, self._as_json, self._picture = options, as_json, picture
         self._links: list[Link] = []
@@ -33,7 +36,7 @@ class Report:
             return
         options = self._options
         print(machine())
-        print(f"{options.op}, {options.num_ranks} ranks on this machine, medians of {options.num_rounds} rounds\n")
+        print(f"{options.op}, {options.num_ranks} ranks {self.where}, medians of {options.num_rounds} rounds\n")
         if options.op != "links":
             print(row_heading(), flush=True)
 

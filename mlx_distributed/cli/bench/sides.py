@@ -51,11 +51,12 @@ def ring_side(ring: NativeComm) -> Side:
 
 
 @contextmanager
-def free_address() -> Iterator[str]:
+def free_address(host: str = HOST) -> Iterator[str]:
     """An address of this machine that nobody else gets within the `with`, and that nobody can connect to."""
-    with socket.socket() as sock:
-        sock.bind((HOST, 0))
-        yield f"{HOST}:{sock.getsockname()[1]}"
+    bare = host.strip("[]")
+    with socket.socket(socket.AF_INET6 if ":" in bare else socket.AF_INET) as sock:
+        sock.bind((bare, 0))
+        yield f"{host}:{sock.getsockname()[1]}"
 
 
 def join_ring(rank: int, addresses: Sequence[str]) -> NativeComm:

@@ -13,7 +13,10 @@ from mlx_distributed.elastic.inquiry import RunStatus
 from mlx_distributed.elastic.membership import Contact
 from mlx_distributed.errors import ConfigError
 
-HEADINGS = ("worker", "address", "share", "micro-batches/s", "step", "")
+HEADINGS = ("worker", "address", "share", "micro-batches/s", "link, Mbit/s", "round trip, ms", "step", "")
+
+MBIT = 1e6 / 8
+"""Bytes."""
 
 
 def print_status(args: argparse.Namespace) -> int:
@@ -58,6 +61,8 @@ def lines(status: RunStatus) -> Iterator[str]:
                 member.address,
                 "joining" if member.weight is None else f"{member.weight:g}",
                 f"{member.speed:.3g}" if member.speed else "-",
+                f"{member.bandwidth / MBIT:.0f}" if member.bandwidth else "-",
+                f"{member.round_trip_s * 1e3:.1f}" if member.bandwidth else "-",
                 "-" if member.num_committed < 0 else str(member.num_committed),
                 ", ".join(notes),
             )

@@ -47,7 +47,7 @@ class RunStatus(_message.Message):
     def __init__(self, program_version: _Optional[str] = ..., run_id: _Optional[str] = ..., epoch: _Optional[_Union[EpochId, _Mapping]] = ..., reason: _Optional[str] = ..., num_committed: _Optional[int] = ..., num_steps: _Optional[int] = ..., waiting: _Optional[str] = ..., members: _Optional[_Iterable[_Union[MemberStatus, _Mapping]]] = ...) -> None: ...
 
 class MemberStatus(_message.Message):
-    __slots__ = ("name", "address", "connected", "weight", "num_committed", "speed", "silent_s", "waited_for")
+    __slots__ = ("name", "address", "connected", "weight", "num_committed", "speed", "silent_s", "waited_for", "bandwidth", "round_trip_s")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     CONNECTED_FIELD_NUMBER: _ClassVar[int]
@@ -56,6 +56,8 @@ class MemberStatus(_message.Message):
     SPEED_FIELD_NUMBER: _ClassVar[int]
     SILENT_S_FIELD_NUMBER: _ClassVar[int]
     WAITED_FOR_FIELD_NUMBER: _ClassVar[int]
+    BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
+    ROUND_TRIP_S_FIELD_NUMBER: _ClassVar[int]
     name: str
     address: str
     connected: bool
@@ -64,7 +66,9 @@ class MemberStatus(_message.Message):
     speed: float
     silent_s: float
     waited_for: bool
-    def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., connected: _Optional[bool] = ..., weight: _Optional[float] = ..., num_committed: _Optional[int] = ..., speed: _Optional[float] = ..., silent_s: _Optional[float] = ..., waited_for: _Optional[bool] = ...) -> None: ...
+    bandwidth: float
+    round_trip_s: float
+    def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., connected: _Optional[bool] = ..., weight: _Optional[float] = ..., num_committed: _Optional[int] = ..., speed: _Optional[float] = ..., silent_s: _Optional[float] = ..., waited_for: _Optional[bool] = ..., bandwidth: _Optional[float] = ..., round_trip_s: _Optional[float] = ...) -> None: ...
 
 class FromWorker(_message.Message):
     __slots__ = ("arrival", "standing", "leave")
@@ -111,16 +115,18 @@ class Outcome(_message.Message):
     def __init__(self, step: _Optional[int] = ..., digest: _Optional[str] = ...) -> None: ...
 
 class Seat(_message.Message):
-    __slots__ = ("name", "incarnation", "address", "weight")
+    __slots__ = ("name", "incarnation", "address", "weight", "bandwidth")
     NAME_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
     name: str
     incarnation: str
     address: str
     weight: float
-    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
+    bandwidth: float
+    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., weight: _Optional[float] = ..., bandwidth: _Optional[float] = ...) -> None: ...
 
 class Epoch(_message.Message):
     __slots__ = ("id", "committed", "seats", "reason")
@@ -153,7 +159,7 @@ class Arrival(_message.Message):
     def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., run_id: _Optional[str] = ..., program_version: _Optional[str] = ..., config_digest: _Optional[str] = ..., standing: _Optional[_Union[Standing, _Mapping]] = ...) -> None: ...
 
 class Standing(_message.Message):
-    __slots__ = ("serial", "committed", "epoch", "prepared", "speed", "waiting_for", "lost")
+    __slots__ = ("serial", "committed", "epoch", "prepared", "speed", "waiting_for", "lost", "bandwidth", "round_trip_s")
     SERIAL_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -161,6 +167,8 @@ class Standing(_message.Message):
     SPEED_FIELD_NUMBER: _ClassVar[int]
     WAITING_FOR_FIELD_NUMBER: _ClassVar[int]
     LOST_FIELD_NUMBER: _ClassVar[int]
+    BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
+    ROUND_TRIP_S_FIELD_NUMBER: _ClassVar[int]
     serial: int
     committed: Outcome
     epoch: EpochId
@@ -168,7 +176,9 @@ class Standing(_message.Message):
     speed: float
     waiting_for: _containers.RepeatedScalarFieldContainer[str]
     lost: Loss
-    def __init__(self, serial: _Optional[int] = ..., committed: _Optional[_Union[Outcome, _Mapping]] = ..., epoch: _Optional[_Union[EpochId, _Mapping]] = ..., prepared: _Optional[_Union[Outcome, _Mapping]] = ..., speed: _Optional[float] = ..., waiting_for: _Optional[_Iterable[str]] = ..., lost: _Optional[_Union[Loss, _Mapping]] = ...) -> None: ...
+    bandwidth: float
+    round_trip_s: float
+    def __init__(self, serial: _Optional[int] = ..., committed: _Optional[_Union[Outcome, _Mapping]] = ..., epoch: _Optional[_Union[EpochId, _Mapping]] = ..., prepared: _Optional[_Union[Outcome, _Mapping]] = ..., speed: _Optional[float] = ..., waiting_for: _Optional[_Iterable[str]] = ..., lost: _Optional[_Union[Loss, _Mapping]] = ..., bandwidth: _Optional[float] = ..., round_trip_s: _Optional[float] = ...) -> None: ...
 
 class Loss(_message.Message):
     __slots__ = ("name", "reason")

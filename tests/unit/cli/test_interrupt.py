@@ -50,3 +50,10 @@ def test_what_came_while_signals_were_blocked_is_not_lost(interrupt: Interrupt, 
     with pytest.raises(KeyboardInterrupt):
         Interrupt()
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(NUMBERS)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_it_is_known_whether_this_process_alone_is_to_end(interrupt: Interrupt, number: int) -> None:
+    interrupt.training = True
+    signal.raise_signal(number)
+    assert interrupt.terminated is (number == signal.SIGTERM)

@@ -27,7 +27,7 @@ STATUS = RunStatus(
     20,
     "",
     (
-        MemberStatus("a-0", "10.0.0.7:4000", True, 1.25, 7, 3.14159, 0.2, False),
+        MemberStatus("a-0", "10.0.0.7:4000", True, 1.25, 7, 3.14159, 0.2, False, 118e6, 0.00042),
         MemberStatus("b", "10.0.0.8:4000", False, 0.75, 7, 0.0, 2.04, True),
         MemberStatus("newcomer", "10.0.0.9:4000", True, None, -1, 0.0, 0.0, False),
     ),
@@ -39,10 +39,11 @@ def test_the_table() -> None:
     assert list(lines(STATUS)) == [
         "run run, step 7 of 20",
         "epoch 2.3: b joined",
-        "worker    address        share    micro-batches/s  step",
-        "a-0       10.0.0.7:4000  1.25     3.14             7",
-        "b         10.0.0.8:4000  0.75     -                7     not connected, waited for, silent for 2.0 s",
-        "newcomer  10.0.0.9:4000  joining  -                -",
+        "worker    address        share    micro-batches/s  link, Mbit/s  round trip, ms  step",
+        "a-0       10.0.0.7:4000  1.25     3.14             944           0.4             7",
+        "b         10.0.0.8:4000  0.75     -                -             -               7     not connected, waited for, "
+        "silent for 2.0 s",
+        "newcomer  10.0.0.9:4000  joining  -                -             -               -",
     ]
 
 
