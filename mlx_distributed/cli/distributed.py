@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_distributed.cli.bench.command import add_bench
-from mlx_distributed.cli.elastic.verbs import add_coordinator, add_status
+from mlx_distributed.cli.elastic.verbs import add_coordinator, add_launch, add_status
 from mlx_distributed.cli.errors import run
 
 EPILOG = """\
 examples:
   mlx-distributed digest outputs/quickstart
   mlx-distributed bench allreduce --nproc 2
+  mlx-distributed launch --hosts b.local,c.local --config my.yaml
   mlx-distributed coordinator --config my.yaml elastic.listen=192.168.1.20:4000
   mlx-distributed status runs/my-model
 
@@ -51,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     digest.add_argument("--debug", action="store_true", help="print tracebacks")
     digest.set_defaults(body=_digest)
     add_bench(verbs)
+    add_launch(verbs)
     add_coordinator(verbs)
     add_status(verbs)
     return parser

@@ -1,4 +1,4 @@
-"""Ctrl-C: the first asks for a stop after the step under way, which is then saved; a second one ends at once."""
+"""Ctrl-C and SIGTERM: the first asks for a stop, after which there is something to save; a second one ends at once."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.requested = False
+        self.terminated = False
+        """It was SIGTERM that asked: this process is to end, whatever becomes of the run."""
         self.training = False
         """There is something to save between steps; set by the run. Otherwise the first signal ends at once."""
         for number in SIGNALS:
@@ -26,4 +28,5 @@ class Interrupt:
             raise KeyboardInterrupt(
                 "interrupted twice: ended without saving; --resume goes on from the last checkpoint"
             )
+        self.terminated = number == signal.SIGTERM
         self.requested = True

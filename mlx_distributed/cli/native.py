@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from mlx_distributed.cli.elastic.machine import this_machine
 from mlx_distributed.cli.interrupt import Interrupt
 from mlx_distributed.cli.output_dir import open_output_dir
 from mlx_distributed.cli.run import Job, train
@@ -20,4 +21,5 @@ def run_native(config: Config, resume: str | None) -> int:
         record = open_output_dir(config, resume is not None)
         ids = json.dumps([record.run_id, record.wandb_id]).encode()
     run_id, wandb_id = json.loads(broadcast_bytes(ids, comm, "the id of the run"))
-    return train(Job(config, run_id, wandb_id, resume, log=False), comm, Interrupt())
+    with this_machine().awake():
+        return train(Job(config, run_id, wandb_id, resume, log=False), comm, Interrupt())

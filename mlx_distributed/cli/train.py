@@ -14,6 +14,7 @@ from mlx_distributed.cli.errors import run as run_and_report
 from mlx_distributed.cli.local import LocalGroup, worker_environment
 from mlx_distributed.cli.output_dir import RunRecord, open_output_dir
 from mlx_distributed.config import Config, load_config, to_yaml
+from mlx_distributed.config.checks import is_address
 from mlx_distributed.errors import ConfigError
 
 EPILOG = """\
@@ -27,6 +28,7 @@ examples:
 exit status: 0 done; 1 failed while running; 2 the configuration or the data was refused; 130 interrupted, after saving
 """
 
+LISTEN = "elastic.listen="
 _OVERRIDE = re.compile(r"[a-z_0-9]+(\.[A-Za-z_0-9]+)*=")
 
 
@@ -40,7 +42,9 @@ def parser() -> argparse.ArgumentParser:
     )
     run = parser.add_mutually_exclusive_group(required=True)
     run.add_argument("--config", type=Path, metavar="FILE", help="YAML file of the run")
-    run.add_argument("--join", metavar="STRING", help="take part in the run that has printed this")
+    run.add_argument(
+        "--join", metavar="STRING", help="take part in the run that has printed this; - reads it from standard input"
+    )
     parser.add_argument("--nproc", metavar="N", help="workers to start on this machine (parallel.nproc)")
     parser.add_argument(
         "--resume",
@@ -53,13 +57,21 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="check configuration and data, print the plan, stop")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--debug", action="store_true", help="print tracebacks")
+    parser.add_argument(
+        "--attended",
+        action="store_true",
+        help="with --join -: each further line of standard input is a Ctrl-C; for mlx-distributed launch",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a value of the file")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    args = parser().parse_intermixed_args(argv)
+    command_line = parser()
+    args = command_line.parse_intermixed_args(argv)
+    if args.attended and args.join != "-":
+        command_line.error("--attended only goes with --join -")
     if args.resume is not None and _OVERRIDE.match(args.resume) and not Path(args.resume).exists():
         args.overrides.insert(0, args.resume)  # `--resume a.b=c`: the value belongs to the next argument
         args.resume = "auto"
@@ -96,15 +108,30 @@ def _train(args: argparse.Namespace) -> int:
 
 def _join(args: argparse.Namespace) -> int:
     own = {"--resume": args.resume, "--dry-run": args.dry_run, "--print-config": args.print_config}
+    listen = [text.removeprefix(LISTEN) for text in args.overrides if text.startswith(LISTEN)]
     given = [*(name for name, value in own.items() if value), *args.overrides]
+    given = [text for text in given if not text.startswith(LISTEN)]
     if given:
         raise ConfigError(
-            f"{given[0]} cannot stand beside --join, as the run that is joined decides it; only --nproc and "
-            "--output-dir can"
+            f"{given[0]} cannot stand beside --join, as the run that is joined decides it; only --nproc, --output-dir "
+            "and elastic.listen can"
         )
+    if listen and not is_address(listen[-1]):
+        raise ConfigError(
+            f"{LISTEN}{listen[-1]}: must be an address or an interface of this machine, and a port or 0, such as en5:0"
+        )
+    from mlx_distributed.cli.elastic.attended import READY, Attendance, read_line
     from mlx_distributed.cli.elastic.join import join
 
-    return join(args.join, args.nproc, args.output_dir and Path(args.output_dir), args.debug)
+    text, attendance = args.join, None
+    if text == "-":
+        stdin = sys.stdin.fileno()
+        if args.attended:
+            print(READY, flush=True)
+        text = read_line(stdin)
+        attendance = Attendance(stdin) if args.attended else None
+    folder = args.output_dir and Path(args.output_dir)
+    return join(text, args.nproc, folder, args.debug, attendance=attendance, listen=listen[-1] if listen else None)
 
 
 def _run_workers(config: Config, record: RunRecord, resume: str | None, debug: bool) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import signal
 import socket
 import sys
 from collections.abc import Mapping
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_distributed.cli.control import Control
+from mlx_distributed.cli.elastic.machine import Machine, this_machine
 from mlx_distributed.cli.errors import describe
 from mlx_distributed.cli.interrupt import Interrupt
 
@@ -20,15 +23,23 @@ MAX_ERROR_CHARS = 4000
 """The parent reads an error when this process has ended, so that it must fit into the buffer of a socket."""
 
 
-def main(fd: int, debug: bool) -> int:
-    """Take a job over the line, join the group, train."""
+def main(fd: int, debug: bool, machine: Machine | None = None) -> int:
+    """Take a job over the line, join the group, train.
+
+    Args:
+        fd: of the line.
+        debug: print tracebacks.
+        machine: that this runs on; None finds out.
+    """
     control = Control(socket.socket(fileno=fd))
     message: dict[str, Any] = {}
 
     def work() -> int:
         interrupt = Interrupt()  # First of all: the parent has blocked the signals until somebody handles them.
         message.update(control.receive() or {})
-        return _work(message, control, interrupt) if message else 1
+        here = machine or this_machine()
+        with here.awake():
+            return _work(message, control, interrupt, here) if message else 1
 
     status, error = describe(work, debug)
     if error is not None:
@@ -40,16 +51,20 @@ def main(fd: int, debug: bool) -> int:
     return status
 
 
-def _work(message: Mapping[str, Any], control: Control, interrupt: Interrupt) -> int:
-    # These import MLX and mlx-lm, which takes seconds, in which Ctrl-C must be handled already.
+def _work(message: Mapping[str, Any], control: Control, interrupt: Interrupt, machine: Machine) -> int:
+    # These import MLX and mlx-lm, which takes a second, in which Ctrl-C must be handled already.
+    gc.disable()
     from mlx_distributed.cli.run import Job, train
+    from mlx_distributed.cli.stages import make_mesh
     from mlx_distributed.comm.group import join_group
     from mlx_distributed.config import load_config
     from mlx_distributed.parallel.data import rank_weights
 
+    gc.freeze()  # Nothing of what they have made is ever garbage, and to look for some takes 0.1 s each time.
+    gc.enable()
     config = load_config(Path(message["config_file"]))
     if "seat" in message:
-        return _work_elastic(config, message, control, interrupt)
+        return _work_elastic(config, message, control, interrupt, machine)
     rank, parallel = message["rank"], config.parallel
 
     listen = f"127.0.0.1:{parallel.port + rank if parallel.port else 0}"
@@ -58,10 +73,12 @@ def _work(message: Mapping[str, Any], control: Control, interrupt: Interrupt) ->
     job = Job(
         config, message["run_id"], message["wandb_id"], message["resume"], on_loss=lambda: control.send(saving=True)
     )
-    return train(job, comm, interrupt)
+    return train(job, comm, interrupt, make_mesh(config, comm, message["secret"]))
 
 
-def _work_elastic(config: Config, message: Mapping[str, Any], control: Control, interrupt: Interrupt) -> int:
+def _work_elastic(
+    config: Config, message: Mapping[str, Any], control: Control, interrupt: Interrupt, machine: Machine
+) -> int:
     from mlx_distributed.cli.elastic.run import Seat, train_elastic
     from mlx_distributed.cli.run import Job
     from mlx_distributed.comm.tls import Identity
@@ -72,8 +89,14 @@ def _work_elastic(config: Config, message: Mapping[str, Any], control: Control, 
     place = dict(message["seat"])
     identity = place.pop("identity")
     seat = Seat(identity=None if identity is None else Identity(**identity), **place)
-    job = Job(config, message["run_id"], message["wandb_id"], message["resume"])
-    return train_elastic(job, seat, enroll, interrupt)
+    job = Job(config, message["run_id"], message["wandb_id"], message["resume"], message["log"])
+    status = train_elastic(job, seat, enroll, interrupt, machine)
+    if status and interrupt.terminated:
+        # The run goes on without this process, which has not ended it: it ends as any other does that gets SIGTERM.
+        sys.stdout.flush()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTERM)
+    return status
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_distributed.cli.elastic.invitation import Invitation, new_token
+from mlx_distributed.cli.elastic.machine import resolve, this_machine
 from mlx_distributed.cli.output_dir import ACCESS, ACCESS_ASIDE
 from mlx_distributed.config import Config
 from mlx_distributed.elastic.membership import Contact
@@ -91,11 +92,12 @@ def prepare_access(config: Config, run_id: str) -> Access:
     """Of a coordinator that is about to start: what was kept, as workers elsewhere may be waiting for it, or new.
 
     Raises:
-        ConfigError: what was kept cannot be read.
+        ConfigError: what was kept cannot be read, or there is no such interface here as `elastic.listen` names.
     """
     listen = config.elastic.listen
     if listen is None:
         return Access(run_id, "127.0.0.1:0", new_token())
+    listen = resolve(listen, this_machine().interfaces())
     kept = Access.read(config.output_dir)
     if kept is not None and kept.run_id == run_id and _is_valid(kept):
         host, _, port = listen.rpartition(":")

@@ -11,11 +11,14 @@ from mlx_distributed import __version__
 from mlx_distributed.cli.elastic.access import Access, prepare_access
 from mlx_distributed.cli.elastic.crew import WORKER, Place, exit_status, start_crew
 from mlx_distributed.cli.elastic.host import POLL_S, invite, tell
+from mlx_distributed.cli.elastic.machine import this_machine
 from mlx_distributed.cli.elastic.serving import Serving, make_rules
+from mlx_distributed.cli.elastic.ssh import Remotes
 from mlx_distributed.cli.errors import INTERRUPTED
 from mlx_distributed.cli.interrupt import Interrupt
 from mlx_distributed.cli.output_dir import ACCESS, RunRecord, accept_config, open_output_dir
 from mlx_distributed.config import Config, load_config, to_yaml
+from mlx_distributed.elastic.protocol import End
 from mlx_distributed.errors import ConfigError
 
 
@@ -39,8 +42,25 @@ def coordinate(args: argparse.Namespace, module: str = WORKER) -> int:
             "elastic.listen is not set, so nobody could join; set it to an address of this machine that the workers "
             "reach, such as elastic.listen=192.168.1.20:4000"
         )
-    record = open_output_dir(config, resume=True)
-    access = _find_out(config, record, prepare_access(config, record.run_id), args.debug, module)
+    return serve_alone(config, open_output_dir(config, resume=True), args.debug, module)
+
+
+def serve_alone(
+    config: Config, record: RunRecord, debug: bool, module: str = WORKER, remotes: Remotes | None = None
+) -> int:
+    """As `coordinate`, given a configuration.
+
+    Args:
+        config: of the run.
+        record: of the run.
+        debug: print tracebacks.
+        module: the program of a worker.
+        remotes: to be started when there is a coordinator for them; the run ends where none of them can train.
+
+    Raises:
+        ConfigError, TrainingError: as of `coordinate`.
+    """
+    access = _find_out(config, record, prepare_access(config, record.run_id), debug, module)
     if isinstance(access, int):
         return access
     accept_config(config)
@@ -49,15 +69,22 @@ def coordinate(args: argparse.Namespace, module: str = WORKER) -> int:
     Interrupt()
     rules = make_rules(config, record.run_id, access.num_steps, access.config_digest)
     serving = Serving(config, record, access, rules, tell)
+    end: End | None = None
     try:
         serving.access.write(config.output_dir)
-        invite(serving.access)
-        while (end := serving.end(POLL_S)) is None:
-            pass
+        invite(serving.access, remotes)
+        with this_machine().awake():
+            while (end := serving.end(POLL_S)) is None:
+                if not (remotes is None or remotes.may_train or serving.has_workers):
+                    print("error: none of the hosts can train", file=sys.stderr)
+                    return 1
     except KeyboardInterrupt:
-        print("interrupted: workers hold what they have, and go on when this is started again", file=sys.stderr)
+        if remotes is None:
+            print("interrupted: workers hold what they have, and go on when this is started again", file=sys.stderr)
         return INTERRUPTED
     finally:
+        if remotes is not None:
+            remotes.close(over=end is not None)
         serving.stop()
     if end.failed:
         print(f"error: {end.reason}", file=sys.stderr)

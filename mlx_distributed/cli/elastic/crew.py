@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mlx_distributed.cli.elastic.machine import address_of, advice, this_machine
 from mlx_distributed.cli.errors import INTERRUPTED
 from mlx_distributed.cli.interrupt import SIGNALS
 from mlx_distributed.cli.local import LocalWorkers, Worker, worker_environment
@@ -44,6 +47,8 @@ class Place(NamedTuple):
     identity: Identity | None
     joined: bool = False
     """They come to a run that was started elsewhere."""
+    quiet: bool = False
+    """Whoever reads what they say hears it from rank 0 already."""
 
 
 class Crew(LocalWorkers):
@@ -62,13 +67,32 @@ class Crew(LocalWorkers):
         debug: bool = False,
         module: str = WORKER,
     ) -> None:
-        super().__init__(jobs, log_files, env, debug, module)
+        with contextlib.ExitStack() as stack:
+            # Whoever leads the run speaks on the console, also when the worker is lost whose standard output it is.
+            self._console: int | None = None
+            with contextlib.suppress(OSError, ValueError):  # There is none.
+                self._console = os.dup(sys.stdout.fileno())
+                stack.callback(os.close, self._console)
+            told = [self._told(job, log_file) for job, log_file in zip(jobs, log_files, strict=True)]
+            super().__init__(told, log_files, env, debug, module)
+        if all(job["seat"]["joined"] for job in jobs):
+            self._on_sigterm = signal.SIGTERM
         for worker, job in zip(self._workers, jobs, strict=True):
             worker.name = job["seat"]["name"]
         self._living = list(self._workers)
         self._enrolled: dict[int, Enrolment] = {}
         self._answered = False
         self._said: set[str] = set()
+
+    def _start(self, rank: int, log_file: Path | None, env: Mapping[str, str], pass_fds: Sequence[int] = ()) -> Worker:
+        if log_file is not None and self._console is not None:
+            pass_fds = [*pass_fds, self._console]
+        return super()._start(rank, log_file, env, pass_fds)
+
+    def _told(self, job: Mapping[str, Any], log_file: Path | None) -> dict[str, Any]:
+        """A job, and where its worker finds the console if its standard output is something else."""
+        console = None if log_file is None else self._console
+        return {**job, "seat": {**job["seat"], "console": console}}
 
     @property
     def enrolment(self) -> Enrolment | None:
@@ -177,6 +201,9 @@ def start_crew(
     env, hint = worker_environment(os.environ, sys.platform)
     if hint:
         print(hint, file=sys.stderr)
+    machine = this_machine()
+    for line in advice(address_of(place.host), machine.interfaces(), machine.on_battery()):
+        print(f"warning: {line}", file=sys.stderr)
     port, nproc = config.parallel.port, config.parallel.nproc
     identity = asdict(place.identity) if place.identity else None
     jobs = [
@@ -186,6 +213,7 @@ def start_crew(
             "run_id": record.run_id,
             "wandb_id": record.wandb_id,
             "resume": resume,
+            "log": not place.quiet,
             "seat": {
                 "name": f"{place.names}-{rank}",
                 "listen": f"{place.host}:{port + rank if port else 0}",

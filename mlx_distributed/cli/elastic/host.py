@@ -8,6 +8,7 @@ from dataclasses import replace
 from mlx_distributed.cli.elastic.access import Access, prepare_access
 from mlx_distributed.cli.elastic.crew import WORKER, Crew, Enrolment, Place, exit_status, hostname, start_crew
 from mlx_distributed.cli.elastic.serving import Serving, make_rules, resumed
+from mlx_distributed.cli.elastic.ssh import Remotes
 from mlx_distributed.cli.errors import INTERRUPTED
 from mlx_distributed.cli.output_dir import ACCESS, JOURNAL, RunRecord
 from mlx_distributed.config import Config
@@ -19,7 +20,14 @@ LAST_S = 2.0
 """So long after the last worker of this machine the coordinator may take to see that the run is over."""
 
 
-def host(config: Config, record: RunRecord, resume: str | None, debug: bool, module: str = WORKER) -> int:
+def host(
+    config: Config,
+    record: RunRecord,
+    resume: str | None,
+    debug: bool,
+    module: str = WORKER,
+    remotes: Remotes | None = None,
+) -> int:
     """Start a run, or go on with it, and stay until it is over; returns the exit status.
 
     Args:
@@ -28,6 +36,7 @@ def host(config: Config, record: RunRecord, resume: str | None, debug: bool, mod
         resume: `auto`, `last`, `best` or the path of a checkpoint; None begins anew.
         debug: have workers print tracebacks.
         module: the program of a worker.
+        remotes: to be started when there is a coordinator for them.
 
     Raises:
         ConfigError: the coordinator cannot start.
@@ -48,16 +57,18 @@ def host(config: Config, record: RunRecord, resume: str | None, debug: bool, mod
                 if enrolment := crew.enrolment:
                     serving = _serve(config, record, access, enrolment, resume, crew)
                     crew.answer(serving.access.address)
+                    invite(serving.access, remotes)
                 elif not living:
                     break
                 continue
             end = end or serving.end(0.0 if living else POLL_S)
             if living:
                 continue
-            if end is not None or not _goes_on_elsewhere(config, crew):
+            others = remotes is None or remotes.may_train or serving.has_workers
+            if end is not None or not (others and _goes_on_elsewhere(config, crew)):
                 end = end or serving.end(LAST_S if 0 in crew.statuses else 0.0)
                 break
-            if not told:
+            if not told and 0 not in crew.statuses:  # Where one has come to the end, the others are about to.
                 print("no worker is left on this machine; the coordinator stays for others, Ctrl-C ends it", flush=True)
                 told = True
         if end is not None and end.failed:
@@ -65,6 +76,8 @@ def host(config: Config, record: RunRecord, resume: str | None, debug: bool, mod
         return exit_status(crew.statuses, crew.num_interrupts, end)
     finally:
         crew.close()
+        if remotes is not None:
+            remotes.close(over=end is not None)  # To leave in good order they need the coordinator.
         if serving is not None:
             serving.stop()
             _tidy(config, over=end is not None and not end.failed)
@@ -88,16 +101,17 @@ def _serve(
     rules = replace(rules, first_workers=config.parallel.nproc)
     serving = Serving(config, record, access, rules, tell_unless_stopping, go_on)
     serving.access.write(config.output_dir)
-    invite(serving.access)
     return serving
 
 
-def invite(access: Access) -> None:
-    """Print how workers on other machines join."""
+def invite(access: Access, remotes: Remotes | None = None) -> None:
+    """Print how workers on other machines join, and start those that are to be started from here."""
     if access.invitation is not None:
         text = access.invitation.encode()
         print(f"join string, for whoever may read the data and the model: {text}")
         print(f"on another machine: mlx-train --join {text}", flush=True)
+        if remotes is not None:
+            remotes.start(text)
 
 
 def tell(line: str) -> None:

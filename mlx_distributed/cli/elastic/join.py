@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
 from mlx_distributed import __version__
+from mlx_distributed.cli.elastic.attended import Attendance
 from mlx_distributed.cli.elastic.crew import WORKER, Place, exit_status, hostname, start_crew
 from mlx_distributed.cli.elastic.invitation import Invitation
+from mlx_distributed.cli.elastic.machine import resolve, this_machine
 from mlx_distributed.cli.elastic.reach import Reached, reach
 from mlx_distributed.cli.output_dir import open_output_dir
 from mlx_distributed.comm.tls import Identity
@@ -21,7 +25,15 @@ from mlx_distributed.errors import ConfigError
 POLL_S = 0.1
 
 
-def join(text: str, nproc: str | None, output_dir: Path | None, debug: bool, module: str = WORKER) -> int:
+def join(
+    text: str,
+    nproc: str | None,
+    output_dir: Path | None,
+    debug: bool,
+    module: str = WORKER,
+    attendance: Attendance | None = None,
+    listen: str | None = None,
+) -> int:
     """Take part in a run until it is over, or until this is interrupted; returns the exit status.
 
     Args:
@@ -30,11 +42,16 @@ def join(text: str, nproc: str | None, output_dir: Path | None, debug: bool, mod
         output_dir: where they write; None takes a folder of the run's name in `runs/`.
         debug: have workers print tracebacks.
         module: the program of a worker.
+        attendance: of whoever has started this from another machine; None where a person has.
+        listen: host, or interface, and port at which others reach these workers, the first of them where there are
+            several; port 0 takes free ones. None takes the interface that reaches the coordinator.
 
     Raises:
         ConfigError: the join string is of no use, or this machine cannot take part.
         TrainingError: nobody answers, or the run is over.
     """
+    if listen is not None:
+        listen = resolve(listen, this_machine().interfaces())
     reached = reach(Invitation.decode(text))
     description = reached.contact.describe()
     if description.program_version != __version__:
@@ -46,12 +63,20 @@ def join(text: str, nproc: str | None, output_dir: Path | None, debug: bool, mod
     config = config_here(description, reached, nproc or "1", folder)
     record = open_output_dir(config, resume=True, joined=(description.run_id, description.wandb_id))
     identity = Identity(description.key, description.certificate)
-    place = Place(f"{hostname()}-{os.getpid()}", reached.local_host, reached.contact.token, identity, joined=True)
+    host = reached.local_host
+    if listen is not None:
+        host, _, port = listen.rpartition(":")
+        config = replace(config, parallel=replace(config.parallel, port=int(port)))
+    names, quiet = f"{hostname()}-{os.getpid()}", attendance is not None
+    place = Place(names, host, reached.contact.token, identity, joined=True, quiet=quiet)
     crew = start_crew(config, record, place, None, debug, module)
     try:
         while crew.watch(POLL_S):
             if crew.enrolment:
                 crew.answer(reached.contact.address)
+            if attendance is not None and attendance.is_over(reached.contact, config.elastic.coordinator_grace_s):
+                attendance = None
+                os.kill(os.getpid(), signal.SIGINT)
         return exit_status(crew.statuses, crew.num_interrupts, None)
     finally:
         crew.close()

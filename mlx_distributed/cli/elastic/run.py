@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from mlx_distributed import __version__
 from mlx_distributed.cli.beside import Beside
+from mlx_distributed.cli.elastic.machine import Machine
 from mlx_distributed.cli.elastic.transfer import snapshot_of, sums_layout, take, views
 from mlx_distributed.cli.errors import INTERRUPTED
 from mlx_distributed.cli.interrupt import Interrupt
@@ -21,7 +23,6 @@ from mlx_distributed.cli.load import Loaded, load_all
 from mlx_distributed.cli.output_dir import accept_config
 from mlx_distributed.cli.run import Job, choose_device, make_checkpointer, open_trackers, restore
 from mlx_distributed.comm.base import Communicator, LocalComm
-from mlx_distributed.comm.buckets import Arrays
 from mlx_distributed.comm.endpoint import Endpoint
 from mlx_distributed.comm.grpc_comm import GrpcComm
 from mlx_distributed.comm.tls import Identity
@@ -32,12 +33,15 @@ from mlx_distributed.elastic.protocol import NOTHING, START, EpochId, Facts, Fet
 from mlx_distributed.elastic.recovery import NotReceived, fetch_state
 from mlx_distributed.elastic.snapshots import StateServer
 from mlx_distributed.elastic.worker import View
+from mlx_distributed.errors import ConfigError
 from mlx_distributed.tracking import ConsoleTracker, Trackers
-from mlx_distributed.train.attempt import Attempt
+from mlx_distributed.train import attempts
+from mlx_distributed.train.attempts import AnyAttempt
 from mlx_distributed.train.phases import Phases
-from mlx_distributed.train.setup import init_state
-from mlx_distributed.train.state import TrainState
+from mlx_distributed.train.private import hand_out
+from mlx_distributed.train.setup import exchange_layout, init_state
 from mlx_distributed.train.step_info import StepInfo
+from mlx_distributed.train.trainer import check_progress
 
 SECTIONS = ("train", "optimizer", "scheduler", "eval", "checkpoint")
 """Of the configuration: what must be the same on all workers."""
@@ -57,6 +61,8 @@ class Seat:
     """For mutual TLS; None means that nothing is encrypted."""
     joined: bool = False
     """It has come to a run that others have started: Ctrl-C ends it, and not the run."""
+    console: int | None = None
+    """Descriptor of the console of the command, for a worker whose standard output is a log file."""
     first: bool = True
     """It is the one that goes on from the checkpoint where the run is resumed; others are given what it has."""
 
@@ -73,7 +79,9 @@ def config_digest(loaded: Loaded, config: Mapping[str, object]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def train_elastic(job: Job, seat: Seat, enroll: Callable[[int, str, Outcome], str], interrupt: Interrupt) -> int:
+def train_elastic(
+    job: Job, seat: Seat, enroll: Callable[[int, str, Outcome], str], interrupt: Interrupt, machine: Machine
+) -> int:
     """Train as one worker of a run whose members come and go; returns the exit status.
 
     Args:
@@ -82,6 +90,7 @@ def train_elastic(job: Job, seat: Seat, enroll: Callable[[int, str, Outcome], st
         enroll: told the number of steps, the `config_digest` and the state that this worker begins with, gives the
             address of the coordinator.
         interrupt: asks for a stop.
+        machine: that this runs on. Before it sleeps this worker leaves, and it comes back when it is awake.
     """
     choose_device(job.config.train.device)
     server = StateServer(seat.token)
@@ -99,11 +108,13 @@ def train_elastic(job: Job, seat: Seat, enroll: Callable[[int, str, Outcome], st
 
     try:
         interrupt.training = True
-        run_elastic(run, member, form, job.config.elastic.coordinator_grace_s)
+        measures_links = job.config.parallel.bandwidth == "auto"
+        with machine.on_sleep(partial(member.leave, "its machine goes to sleep"), member.come_back):
+            run_elastic(run, member, form, job.config.elastic.coordinator_grace_s, measures_links)
         interrupt.training = False
         run.end()
     finally:
-        member.close("its work is done")
+        member.close("it was asked to end" if run.leaving else "its work is done")
         endpoint.close()
         run.trackers.finish(INTERRUPTED if run.stopped else 0)
     return INTERRUPTED if run.stopped else 0
@@ -116,29 +127,33 @@ class _Run:
 
     def __init__(self, job: Job, seat: Seat, interrupt: Interrupt, server: StateServer) -> None:
         self._job, self._config, self._token, self._server = job, job.config, seat.token, server
-        self._interrupt, self._joined = interrupt, seat.joined
+        self._interrupt, self._joined, self._name = interrupt, seat.joined, seat.name
+        self._console = None if seat.console is None else os.fdopen(seat.console, "w", buffering=1)
         self._loaded = load_all(job.config, LocalComm())
         self._state = init_state(self._loaded.model, job.config, LocalComm())
         self._checkpointer = make_checkpointer(job.config)
         self._wandb_id = job.wandb_id
         self.digest = config_digest(self._loaded, to_dict(job.config))
+        self._phases = Phases(
+            job.config, self._loaded.plan, self._loaded.rows.train, lambda: self.leaving and not self.leaving_others
+        )
+        self.num_steps = attempts.num_taken(self._phases, self._loaded.plan.num_steps)
         self.outcome = self._begin(seat)
         """What the state is the state of."""
         server.publish(snapshot_of(self._state, self.outcome))
-        self._phases = Phases(
-            job.config, self._loaded.plan, self._loaded.rows.train, lambda: interrupt.requested and not seat.joined
-        )
-        self.num_steps = self._loaded.plan.num_steps
         self.stopped = False
         self.trackers = Trackers([])
-        self._leads = self._introduced = False
+        self._leads = self._spoke = self._introduced = False
+        self._members: Sequence[str] = ()
         self._group: Communicator | None = None
         self._beside: Beside | None = None
         self._before: dict[str, float] = {}
+        self._telling = -1
+        """The last step that was begun to be told of."""
 
     @property
     def step(self) -> int:
-        return self._state.step
+        return attempts.num_taken(self._phases, self._state.step)
 
     @property
     def leaving(self) -> bool:
@@ -146,17 +161,36 @@ class _Run:
 
     @property
     def leaving_others(self) -> bool:
-        return self._joined and self._interrupt.requested
+        return self._interrupt.requested and (self._joined or self._interrupt.terminated)
 
     def end(self) -> None:
         """Where the run has been left while nobody trained, what there is is saved."""
-        if self._state.step < self.num_steps:
+        if self.step < self.num_steps:
             self.stopped = True
-            if self._leads and self._beside is not None:
+            # Others of this command go on, and save into the same folder.
+            others_save = self.leaving_others and not self._joined
+            if self._spoke and self._beside is not None and not others_save:
                 self._beside.save.alone(self._state)
 
-    def attempt(self) -> _Attempt:
-        return _Attempt(self, self._phases, self._state)
+    def enter(self, group: Communicator, members: Sequence[str]) -> None:
+        attempts.enter(self._phases, self._state, group)
+        gone = sorted({*self._members} - {*members})
+        self._members = members
+        if gone and group.rank == 0 and self._config.parallel.wire != "fp32":
+            wire, names = self._config.parallel.wire, " and ".join(gone)
+            self.trackers.message(
+                f"what parallel.wire={wire} had left out of the gradients of {names} is lost with them"
+            )
+
+    def attempt(self) -> AnyAttempt:
+        return attempts.begin(self._phases, self._state)
+
+    def commit(self, attempt: AnyAttempt) -> StepInfo:
+        # Of the state of before nothing is kept, but for what of the sums others still want.
+        sums = views(attempt.sums) if self._server.release() else None
+        info = attempt.commit()
+        self._publish(Outcome(self.step, attempt.digest), sums)
+        return info
 
     def fetch(self, offer: Fetch) -> Outcome | None:
         layout = partial(sums_layout, self._phases, self._state)
@@ -166,27 +200,23 @@ class _Run:
         except NotReceived as error:
             self.trackers.message(f"the state could not be had: {error}")
             return None
-        self.publish(take(self._phases, self._state, self.outcome, received), None)
+        self._publish(take(self._phases, self._state, self.outcome, received), None)
         return self.outcome
-
-    def let_go(self, sums: Arrays) -> dict[str, np.ndarray] | None:
-        """A commit is about to free the state of before: what of the sums others still want."""
-        return views(sums) if self._server.release() else None
-
-    def publish(self, outcome: Outcome, sums: dict[str, np.ndarray] | None) -> None:
-        """Let others have the state as it is now."""
-        self.outcome = outcome
-        self._server.publish(snapshot_of(self._state, outcome), sums)
 
     def taken(self, info: StepInfo | None, group: Communicator) -> None:
         beside, state = self._in_group(group, info), self._state
         if not state.step:
             self._before = beside.at_start()
             return
+        if info is not None and self._telling == state.step:  # The group has failed before all was done.
+            self.trackers.rewind(state.step - info.num_steps)
+        self._telling = state.step
         beside.after_step(info)
+        if info is not None:
+            check_progress(state, info)
         if info is not None and info.stop_requested:
-            self.stopped, self.num_steps = state.step < self._loaded.plan.num_steps, state.step
-        if state.step < self.num_steps:
+            self.stopped, self.num_steps = self.step < self.num_steps, self.step
+        if self.step < self.num_steps:
             return
         if not self.stopped and not state.metrics:
             beside.evaluate(state)
@@ -199,7 +229,7 @@ class _Run:
     def alone(self) -> None:
         """The coordinator has been away for long: what there is is saved, and training waits."""
         self.trackers.message("the coordinator is away; what was committed is saved, and this worker waits for it")
-        if self._leads and self._beside is not None:
+        if self._spoke and self._beside is not None:  # Others have other folders, and may be lost.
             self._beside.save.alone(self._state)
 
     def _begin(self, seat: Seat) -> Outcome:
@@ -212,9 +242,20 @@ class _Run:
         if checkpoint is None:
             return START
         self._wandb_id = checkpoint.meta.wandb_id or self._wandb_id
+        hand_out(self._state, exchange_layout(self._state.parameters, self._config), checkpoint, LocalComm())
+        if self._state.pending is not None:
+            raise ConfigError(
+                f"{checkpoint.folder} was saved while a sum was under way, which an elastic run knows nothing of; "
+                "go on from it with elastic.enabled=false"
+            )
         files = {name: entry.sha256 for name, entry in checkpoint.manifest.files.items()}
         # Whoever goes on from the same checkpoint has the same state; from the gradient that led to it, nobody knows.
-        return Outcome(self._state.step, hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16])
+        return Outcome(self.step, hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16])
+
+    def _publish(self, outcome: Outcome, sums: dict[str, np.ndarray] | None) -> None:
+        """Let others have the state as it is now."""
+        self.outcome = outcome
+        self._server.publish(snapshot_of(self._state, outcome), sums)
 
     def _in_group(self, group: Communicator, info: StepInfo | None) -> Beside:
         """What is done beside steps, in this group."""
@@ -230,6 +271,7 @@ class _Run:
                 group,
                 self._checkpointer,
                 self.trackers,
+                partial(attempts.num_steps, self._phases),
             )
             if not self._introduced:
                 self._introduced = True
@@ -238,29 +280,25 @@ class _Run:
 
     def _follow(self, leads: bool, info: StepInfo | None) -> None:
         """Open the trackers of rank 0, or of another one, where this worker has become that."""
+        speaks = leads or self._speaks()
         if leads and not self._leads:
             with contextlib.suppress(FileNotFoundError):  # Another worker of this folder has done so.
                 accept_config(self._config)
             self.trackers.finish(0)
-            step = self._state.step - (info is not None)  # Of this step somebody may have told, or not.
-            metrics = self._state.metrics if info is None else {}
+            # Of what `info` is of somebody may have told, or not.
+            step = self._state.step - (info.num_steps if info is not None else 0)
+            metrics = self._state.metrics if info is None else None
             total = self._loaded.plan.num_steps
-            self.trackers = open_trackers(self._config, total, self._wandb_id, step or None, metrics)
-        elif not leads and (self._leads or self._beside is None):
+            self.trackers = open_trackers(self._config, total, self._wandb_id, step or None, metrics, self._console)
+        elif not leads and ((self._leads, self._spoke) != (leads, speaks) or self._beside is None):
             self.trackers.finish(0)
-            self.trackers = Trackers([ConsoleTracker(self._loaded.plan.num_steps)] if self._job.log else [])
-        self._leads = leads
+            stream = self._console if speaks else None
+            tells = self._job.log and (speaks or self._console is not None)
+            self.trackers = Trackers([ConsoleTracker(self._loaded.plan.num_steps, stream)] if tells else [])
+        self._leads, self._spoke = leads, speaks
 
-
-class _Attempt(Attempt):
-    """A step of which others may want to have what came of it."""
-
-    def __init__(self, run: _Run, phases: Phases, state: TrainState) -> None:
-        super().__init__(phases, state)
-        self._run = run
-
-    def commit(self) -> StepInfo:
-        sums = self._run.let_go(self.sums)
-        info = super().commit()
-        self._run.publish(Outcome(self._run.step, self.digest), sums)
-        return info
+    def _speaks(self) -> bool:
+        """Whether this worker is the one of its command that people hear: the leader, or the first that there is."""
+        command = self._name.rpartition("-")[0]
+        here = [member for member in self._members if member.rpartition("-")[0] == command]
+        return self._name == (self._members[0] if self._members[0] in here else here[0])

@@ -100,6 +100,11 @@ class Serving:
             raise
         self._end: Future[End] = self._call(self._coordinator.end())
 
+    @property
+    def has_workers(self) -> bool:
+        """Whether any worker is with the coordinator."""
+        return bool(self._coordinator.state.members)
+
     def end(self, timeout_s: float) -> End | None:
         """Why the run is over, None while it is not.
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from mlx_distributed.comm.base import LocalComm
 from mlx_distributed.comm.buckets import Arrays
 from mlx_distributed.elastic.protocol import Outcome
 from mlx_distributed.elastic.recovery import Layout, Received, layout_of
 from mlx_distributed.elastic.snapshots import Snapshot
 from mlx_distributed.errors import CheckpointError
+from mlx_distributed.parallel.adamw import STEP
 from mlx_distributed.train.attempt import quick_digest
+from mlx_distributed.train.attempts import empty_sums, replay
+from mlx_distributed.train.mirrors import forget
 from mlx_distributed.train.phases import Phases
+from mlx_distributed.train.rounds import begin_anew
 from mlx_distributed.train.state import TrainState
-from mlx_distributed.train.tally import Tally
 
 _PARAMETERS, _OPTIMIZER = "parameters/", "optimizer/"
 
@@ -28,14 +30,13 @@ def snapshot_of(state: TrainState, outcome: Outcome) -> Snapshot:
     """What another worker needs to have the same state."""
     counters = {"step": state.step, "num_tokens": state.num_tokens, "num_skipped": state.num_skipped}
     arrays = {_PARAMETERS + name: array for name, array in state.parameters.items()}
-    arrays |= {_OPTIMIZER + name: array for name, array in state.optimizer.items()}
+    arrays |= {_OPTIMIZER + name: array for name, array in state.shared.items()}
     return Snapshot(outcome, counters, views(arrays))
 
 
-def sums_layout(phases: Phases, state: TrainState, step: int) -> Layout:
-    """Of the reduced gradients of a step, counted from 1, and their tally."""
-    tally = Tally.empty(len(phases.plan.microbatches(step - 1))).part((0, 0))
-    return layout_of(views(state.parameters | tally))
+def sums_layout(phases: Phases, state: TrainState, number: int) -> Layout:
+    """Of the sums of a commit, counted from 1."""
+    return layout_of(views(empty_sums(phases, state, number - 1)))
 
 
 def take(phases: Phases, state: TrainState, own: Outcome, received: Received) -> Outcome:
@@ -50,7 +51,7 @@ def take(phases: Phases, state: TrainState, own: Outcome, received: Received) ->
     reached = own
     if (snapshot := received.state) is not None:
         try:
-            _restore(state, snapshot)
+            _restore(phases, state, snapshot)
         except CheckpointError:  # It has been compared with ours on the way, and fits.
             raise AssertionError("a state that does not fit") from None
         reached = snapshot.outcome
@@ -58,17 +59,20 @@ def take(phases: Phases, state: TrainState, own: Outcome, received: Received) ->
         sums = {name: mx.array(array) for name, array in arrays.items()}
         if quick_digest(sums) != outcome.digest:
             break  # What others have taken is something else; the next attempt begins with a newer state.
-        work = phases.work(state.step)
-        phases.commit(state, work.step, phases.reduced(state, work, sums), LocalComm())
+        replay(phases, state, sums)
         reached = outcome
     return reached
 
 
-def _restore(state: TrainState, snapshot: Snapshot) -> None:
+def _restore(phases: Phases, state: TrainState, snapshot: Snapshot) -> None:
     parameters, optimizer = (
         {name.removeprefix(kind): mx.array(array) for name, array in snapshot.arrays.items() if name.startswith(kind)}
         for kind in (_PARAMETERS, _OPTIMIZER)
     )
     counters = snapshot.counters
+    if state.shard is not None:
+        forget(state, state.optimizer[STEP])
     state.restore(parameters, optimizer, counters["step"], counters["num_tokens"], counters["num_skipped"])
     state.metrics = {}
+    if state.inner is not None:
+        begin_anew(phases, state)

@@ -15,6 +15,23 @@ workers hold what they have, and go on when the same command is given again.
 
 exit status: 0 the run is done; 1 it has failed; 2 the configuration or the data was refused; 130 interrupted
 """
+LAUNCH_EPILOG = """\
+examples:
+  mlx-distributed launch --hosts b.local,ada@192.168.1.7 --config my.yaml
+  mlx-distributed launch --hosts b,c --config my.yaml --remote-command 'uv run --project ~/mlx-distributed mlx-train'
+  mlx-distributed launch --hostfile hosts.json --config my.yaml --resume
+
+Each host needs a way in without a password (`ssh HOST` does not ask), the same version of mlx-distributed, and data and
+model under the same paths as here, or by their names on the hub. This machine trains too, whether it is named or not;
+with --nproc 0 it only coordinates, and the model is written on a host, into runs/joined-... in --cwd. Training begins
+when this machine is ready (or elastic.min_workers are), the others join, and a host that fails is named and left out.
+
+Hosts reach this machine at the address from which it reaches them, or at elastic.listen. The join string lets further
+machines in. Ctrl-C saves, and ends all workers. A lost connection ends none; where this command is killed, they wait
+for it to be given again with --resume, for elastic.coordinator_grace_s.
+
+exit status: 0 the run is done; 1 it has failed; 2 the configuration, a host or the data was refused; 130 interrupted
+"""
 STATUS_EPILOG = """\
 examples:
   mlx-distributed status runs/my-model
@@ -42,6 +59,36 @@ def add_coordinator(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) 
     verb.set_defaults(body=_coordinate)
 
 
+def add_launch(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb `launch`."""
+    verb = verbs.add_parser(
+        "launch",
+        help="train on this machine and, over SSH, on others",
+        description="Start an elastic run on this machine, and have other machines join it over SSH.",
+        epilog=LAUNCH_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    hosts = verb.add_mutually_exclusive_group(required=True)
+    hosts.add_argument("--hosts", metavar="A,B,...", help="other machines, named as for ssh")
+    hosts.add_argument(
+        "--hostfile", type=Path, metavar="JSON", help="file that names them, as of mlx.launch: ssh and ips are read"
+    )
+    verb.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file of the run")
+    verb.add_argument(
+        "--nproc", metavar="N", help="workers on this machine (parallel.nproc); 0 has it coordinate and not train"
+    )
+    verb.add_argument("--resume", action="store_true", help="go on with the run in output_dir, from what there is")
+    verb.add_argument("--output-dir", metavar="DIR", help="where this machine writes (output_dir)")
+    verb.add_argument(
+        "--remote-command", default="mlx-train", metavar="CMD", help="how hosts start it, in a login shell (mlx-train)"
+    )
+    verb.add_argument("--cwd", metavar="DIR", help="folder on the hosts to start it in (the home folder)")
+    verb.add_argument("--ssh", default="ssh", metavar="CMD", help="client, with options: 'ssh -F FILE -p 2222' (ssh)")
+    verb.add_argument("--debug", action="store_true", help="print tracebacks")
+    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a value of the file")
+    verb.set_defaults(body=_launch)
+
+
 def add_status(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the verb `status`."""
     verb = verbs.add_parser(
@@ -63,6 +110,12 @@ def _coordinate(args: argparse.Namespace) -> int:
     from mlx_distributed.cli.elastic.coordinator import coordinate
 
     return coordinate(args)
+
+
+def _launch(args: argparse.Namespace) -> int:
+    from mlx_distributed.cli.elastic.launch import launch
+
+    return launch(args)
 
 
 def _status(args: argparse.Namespace) -> int:
