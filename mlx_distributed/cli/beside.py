@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from mlx_distributed.cli.load import Loaded
+from mlx_distributed.cli.load import Loaded, load_whole
 from mlx_distributed.cli.report import comparison, next_steps, sample_lines, step_metrics
 from mlx_distributed.comm.base import Communicator
 from mlx_distributed.config import Config
 from mlx_distributed.models import save_final
+from mlx_distributed.parallel.mesh import Mesh
 from mlx_distributed.tracking import Trackers
 from mlx_distributed.train.checkpoint import Checkpointer, CheckpointMeta
 from mlx_distributed.train.evaluation import Sample, evaluate_generation
-from mlx_distributed.train.hooks import Evaluate, Save, every
+from mlx_distributed.train.hooks import Evaluate, Save, due, every
 from mlx_distributed.train.setup import exchange_layout
+from mlx_distributed.train.stage_files import gather_model
 from mlx_distributed.train.state import TrainState
 from mlx_distributed.train.step_info import StepInfo
 
@@ -30,6 +32,8 @@ class Beside:
         comm: the group.
         checkpointer: used on rank 0 only.
         trackers: of this rank.
+        num_steps: how many steps are committed at once with a step, which is the last of them.
+        mesh: the axes of the group; None where it is one of them.
     """
 
     def __init__(
@@ -42,14 +46,25 @@ class Beside:
         comm: Communicator,
         checkpointer: Checkpointer,
         trackers: Trackers,
+        num_steps: Callable[[int], int] = lambda step: 1,
+        mesh: Mesh | None = None,
     ) -> None:
         self._config, self._run_id, self._wandb_id = config, run_id, wandb_id
         self._loaded, self._state, self._comm, self._trackers = loaded, state, comm, trackers
+        self._num_steps = num_steps
         layout = exchange_layout(state.parameters, config)
         self.save = Save(checkpointer, comm, layout, trackers, self._describe)
         self.save.mark(state)
         best = self.save if config.checkpoint.keep_best else None
-        self.evaluate = Evaluate(loaded.rows.validation, config.train.micro_batch_size, comm, trackers, best)
+        self._mesh = mesh or Mesh(dp=comm)
+        self.evaluate = Evaluate(
+            loaded.rows.validation,
+            config.train.micro_batch_size,
+            self._mesh.dp,
+            trackers,
+            best,
+            loaded.staged.pipeline if loaded.staged else None,
+        )
         self._tell = every(config.logging.steps, self._log)
 
     def introduce(self) -> None:
@@ -57,7 +72,10 @@ class Beside:
         plan = self._loaded.plan
         for line in self._loaded.rows.report.lines():
             self._trackers.message(line)
-        num_trained = sum(parameter.size for parameter in self._state.parameters.values())
+        layout = (
+            self._loaded.staged.layout if self._loaded.staged else exchange_layout(self._state.parameters, self._config)
+        )
+        num_trained = sum(bucket.size for bucket in layout)
         self._trackers.message(
             f"{self._config.method}: {num_trained:,} parameters trained; {plan.num_steps} steps of "
             f"{plan.global_batch_size} rows in {plan.num_microbatches} micro-batches; {self._comm.size} workers"
@@ -78,9 +96,10 @@ class Beside:
             self._warn(info)
             self._tell(state, info)
         if info is None or info.step == state.step:
-            if _due(self._config.eval.steps, state.step):
+            num_steps = self._num_steps(state.step)
+            if due(self._config.eval.steps, state.step, num_steps):
                 self.evaluate(state)
-            if _due(self._config.checkpoint.steps, state.step):
+            if due(self._config.checkpoint.steps, state.step, num_steps):
                 self.save(state)
 
     def finish(self, before: Mapping[str, float]) -> None:
@@ -90,11 +109,16 @@ class Beside:
         if self._config.eval.generate:
             metrics, samples = self._generate()
             after |= metrics
+        model = self._loaded.model
+        if self._loaded.staged is not None:
+            model = gather_model(
+                model, lambda: load_whole(self._config, self._loaded.tokenizer), self._mesh.pp.size, self._comm
+            )
         if self._comm.rank == 0:
             config, loaded = self._config, self._loaded
             final = config.output_dir / "final"
             save_final(
-                final, loaded.model, loaded.tokenizer, loaded.architecture,
+                final, model, loaded.tokenizer, loaded.architecture,
                 source=config.model, method=config.method, lora=config.lora,
             )  # fmt: skip
             for line in [
@@ -131,7 +155,3 @@ class Beside:
 
     def _log(self, state: TrainState, info: StepInfo) -> None:
         self._trackers.log(step_metrics(info), info.step)
-
-
-def _due(every: int | None, step: int) -> bool:
-    return every is not None and step % every == 0

@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
+from mlx_distributed.cli.stages import Staged, cut_into_stages
 from mlx_distributed.comm.base import Communicator
 from mlx_distributed.config import Config, to_dict
 from mlx_distributed.data.plan import Plan
@@ -24,6 +27,7 @@ from mlx_distributed.models import (
     train_tokenizer,
     wrap_tokenizer,
 )
+from mlx_distributed.models.prepare import join_fingerprints, weigh
 from mlx_distributed.models.upstream import TokenizerWrapper
 from mlx_distributed.train.agreement import broadcast_bytes, check_same
 
@@ -42,33 +46,45 @@ class Loaded:
     """What must stay the same when the run is resumed."""
     example_prompt: str
     """What the user says first, for people to try the model with."""
+    staged: Staged | None = None
+    """Where the model is cut into stages, this worker's; `model` is its part then."""
 
 
-def load_all(config: Config, comm: Communicator) -> Loaded:
+def load_all(config: Config, comm: Communicator, pipeline: Communicator | None = None) -> Loaded:
     """Read the data, load or build the model, and make it trainable.
+
+    Args:
+        config: of the run.
+        comm: of all workers.
+        pipeline: of those that have one copy of the model between them, where it is cut into stages.
 
     Raises:
         ConfigError, DataError: something was refused, or some rank has other data or another model.
     """
     corpus = read_corpus(config.data, config.seed)
+    lazy = pipeline is not None
     if config.model.scratch is None:
-        model, tokenizer, architecture = load(config.model)
+        model, tokenizer, architecture = load(config.model, lazy=lazy)
     else:
         data = scratch_tokenizer(corpus, config) if comm.rank == 0 else None
         data = broadcast_bytes(data, comm, "the tokenizer")
         tokenizer = wrap_tokenizer(data, config.model.scratch["model_type"])
-        model, architecture = build_scratch(config.model.scratch, tokenizer, config.seed)
+        model, architecture = build_scratch(config.model.scratch, tokenizer, config.seed, lazy=lazy)
     if config.data.chat_template is not None:
         # So that the finished model is asked in the form that it was taught in.
         tokenizer.chat_template = read_template(config.data.chat_template)
     rows = tokenize_corpus(corpus, tokenizer, config.data)
-    prepare(model, config.method, config.lora, config.seed)
+    prepare(model, config.method, config.lora, config.seed, lazy=lazy)
+    staged = None
+    if pipeline is not None:
+        staged = cut_into_stages(model, config, pipeline)
+        model = staged.model
     if config.train.gradient_checkpointing:
         checkpoint_layers(model)
     model.train()
     facts = {
         "data": rows.train_digest,
-        "model": fingerprint(model, architecture),
+        "model": fingerprint(model, architecture) if staged is None else _fingerprint(staged, architecture),
         "method": config.method if config.method == "full" else f"{config.method} {asdict(config.lora)}",
         "seed": str(config.seed),
         "train.global_batch_size": str(config.train.global_batch_size),
@@ -79,7 +95,26 @@ def load_all(config: Config, comm: Communicator) -> Loaded:
     # A run may go on with other settings, but never with other ones on some of its workers.
     settings = {name: to_dict(config)[name] for name in ("train", "optimizer", "scheduler", "eval", "checkpoint")}
     check_same(facts | {"validation data": rows.validation_digest, "configuration": json.dumps(settings)}, comm)
-    return Loaded(model, tokenizer, architecture, rows, make_plan(config, rows), facts, example_prompt(corpus))
+    return Loaded(model, tokenizer, architecture, rows, make_plan(config, rows), facts, example_prompt(corpus), staged)
+
+
+def load_whole(config: Config, tokenizer: TokenizerWrapper) -> nn.Module:
+    """The model of `load_all` before it was cut into stages or trained; nothing of it is evaluated."""
+    if config.model.scratch is None:
+        model, _, _ = load(config.model, lazy=True)
+    else:
+        model, _ = build_scratch(config.model.scratch, tokenizer, config.seed, lazy=True)
+    prepare(model, config.method, config.lora, config.seed, lazy=True)
+    return model
+
+
+def _fingerprint(staged: Staged, architecture: Mapping[str, Any]) -> str:
+    """That of the whole model, which is spread over the stages."""
+    stages = staged.pipeline.stages.values()
+    mine = json.dumps([weigh(stage) for stage in stages]).encode()
+    gathered = staged.pipeline.comm.all_gather(mx.array(np.frombuffer(mine, np.uint8)), "what the model weighs")
+    weighed = [stage for array in gathered for stage in json.loads(np.asarray(array).tobytes())]
+    return join_fingerprints(weighed, architecture)
 
 
 def sync_fact(config: Config) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import TextIO
 
 import mlx.core as mx
 
@@ -17,8 +18,10 @@ from mlx_distributed.config import Config
 from mlx_distributed.errors import CommError, ConfigError
 from mlx_distributed.parallel.mesh import Mesh
 from mlx_distributed.tracking import ConsoleTracker, Trackers, open_tracker
+from mlx_distributed.train import stage_files
 from mlx_distributed.train.agreement import synchronise
 from mlx_distributed.train.checkpoint import Checkpoint, Checkpointer
+from mlx_distributed.train.phases import Phases
 from mlx_distributed.train.private import hand_out
 from mlx_distributed.train.setup import exchange_layout, init_state
 from mlx_distributed.train.state import TrainState
@@ -40,16 +43,27 @@ class Job:
     """Called when a peer was lost, before the last commit is saved, which may take a while."""
 
 
-def train(job: Job, comm: Communicator, interrupt: Interrupt) -> int:
-    """Train as one rank of a group, then leave it; returns the exit status."""
+def train(job: Job, comm: Communicator, interrupt: Interrupt, mesh: Mesh | None = None) -> int:
+    """Train as one rank of a group, then leave it; returns the exit status.
+
+    Args:
+        job: what is trained.
+        comm: of all ranks.
+        interrupt: asks for a stop.
+        mesh: the axes, where `comm` is not one of them.
+    """
+    mesh = mesh or Mesh(dp=comm)
+    groups = [comm, *(group for group in (mesh.dp, mesh.pp) if group is not comm)]
+    error: BaseException | None = None
     try:
         choose_device(job.config.train.device)
-        status = _Run(job, comm, interrupt).train()
-    except BaseException as error:
-        comm.close(error)
+        return _Run(job, comm, mesh, interrupt).train()
+    except BaseException as raised:
+        error = raised
         raise
-    comm.close()
-    return status
+    finally:
+        for group in groups:
+            group.close(error)
 
 
 def choose_device(name: str) -> None:
@@ -80,9 +94,10 @@ def restore(state: TrainState, checkpointer: Checkpointer, which: str, facts: Ma
         return None
     meta = checkpoint.meta
     meta.check_facts(facts)
-    # The moments of a shard are handed out, to this rank too, when all ranks have the rest.
-    optimizer = dict(checkpoint.optimizer()) if state.shard is None else state.shared
-    state.restore(checkpoint.parameters(), optimizer, meta.step, meta.num_tokens, meta.num_skipped)
+    # The moments of a shard are handed out, to this rank too, when all ranks have the rest; of a stage, all of it.
+    optimizer = dict(checkpoint.optimizer()) if state.shard is None and state.num_stages == 1 else state.shared
+    parameters = state.parameters if state.num_stages > 1 else checkpoint.parameters()
+    state.restore(parameters, optimizer, meta.step, meta.num_tokens, meta.num_skipped)
     state.metrics = dict(meta.metrics)
     checkpointer.set_aside_after(meta.step)
     print(f"resumed from {checkpoint.folder}, step {meta.step}")
@@ -96,7 +111,12 @@ def make_checkpointer(config: Config) -> Checkpointer:
 
 
 def open_trackers(
-    config: Config, total_steps: int, wandb_id: str, step: int | None, metrics: Mapping[str, float]
+    config: Config,
+    total_steps: int,
+    wandb_id: str,
+    step: int | None,
+    metrics: Collection[str] | None,
+    console: TextIO | None = None,
 ) -> Trackers:
     """Those of rank 0, which tell people, and its log file.
 
@@ -105,28 +125,32 @@ def open_trackers(
         total_steps: of the whole run.
         wandb_id: of the run.
         step: the last one that was told of before; None where nothing was.
-        metrics: evaluations of it that are known.
+        metrics: evaluations of it that are known; None: all that were made.
+        console: standard output by default.
     """
     log_file = config.output_dir / "logs" / "rank-0.log"
     log_file.parent.mkdir(exist_ok=True)
     log = ConsoleTracker(total_steps, log_file.open("a", encoding="utf-8", buffering=1))
-    return Trackers([open_tracker(config, total_steps, wandb_id, step, metrics), log])
+    return Trackers([open_tracker(config, total_steps, wandb_id, step, metrics, console), log])
 
 
 class _Run:
     """A run put together from its parts. Rank 0 saves, tracks and speaks; the state is the same on every rank."""
 
-    def __init__(self, job: Job, comm: Communicator, interrupt: Interrupt) -> None:
-        self.job, self.comm, self.interrupt = job, comm, interrupt
+    def __init__(self, job: Job, comm: Communicator, mesh: Mesh, interrupt: Interrupt) -> None:
+        self.job, self.comm, self.mesh, self.interrupt = job, comm, mesh, interrupt
         config = self.config = job.config
-        loaded = load_all(config, comm)
+        loaded = load_all(config, comm, mesh.pp if mesh.pp.size > 1 else None)
         self.num_steps = loaded.plan.num_steps
         self.state = init_state(loaded.model, config, comm)
+        self.state.num_stages = mesh.pp.size
         checkpointer, checkpoint = make_checkpointer(config), None
         if comm.rank == 0 and job.resume is not None:
             checkpoint = restore(self.state, checkpointer, job.resume, loaded.facts)
         wandb_id = checkpoint.meta.wandb_id if checkpoint else None
-        synchronise(self.state, comm)
+        if mesh.pp.size > 1:
+            stage_files.hand_out(self.state, checkpoint, comm)
+        synchronise(self.state, mesh.dp)
         hand_out(self.state, exchange_layout(self.state.parameters, config), checkpoint, comm)
         if comm.rank == 0:
             accept_config(config)
@@ -140,8 +164,10 @@ class _Run:
             comm,
             checkpointer,
             self.trackers,
+            mesh=mesh,
         )
-        self.trainer = Trainer(config, loaded.plan, loaded.rows.train, lambda: interrupt.requested)
+        phases = Phases if loaded.staged is None else loaded.staged.phases
+        self.trainer = Trainer(phases(config, loaded.plan, loaded.rows.train, lambda: interrupt.requested))
 
     def train(self) -> int:
         """Train to the end, or to where somebody wants it to stop; returns the exit status."""
@@ -157,7 +183,8 @@ class _Run:
                 self.interrupt.training = False
                 self.beside.finish(before)
             except BaseException as error:
-                self.comm.close(error)  # The peers wait for a word; a tracker may take its time to finish.
+                for group in (self.comm, self.mesh.dp, self.mesh.pp):
+                    group.close(error)  # The peers wait for a word; a tracker may take its time to finish.
                 raise
         return 0
 
@@ -165,14 +192,15 @@ class _Run:
         """All steps and what happens between them, the last state saved; whether somebody stopped it."""
         stopped = False
         try:
-            for info in self.trainer.steps(self.state, Mesh(dp=self.comm)):
+            for info in self.trainer.steps(self.state, self.mesh):
                 self.beside.after_step(info)
                 stopped = info.stop_requested
             if not stopped and not self.state.metrics:
                 self.beside.evaluate(self.state)
         except CommError:
             self.job.on_loss()
-            self.beside.save.alone(self.state)  # The state is that of the last commit, and whole.
+            if self.comm.rank == 0:
+                self.beside.save.alone(self.state)  # The state is that of the last commit, and whole.
             raise
         self.beside.save(self.state)
         return stopped

@@ -34,7 +34,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda value: value >= 1,
         "lora.rank train.global_batch_size train.micro_batch_size train.max_steps eval.steps eval.max_examples "
         "eval.max_new_tokens checkpoint.steps checkpoint.save_total_limit logging.steps parallel.diloco.sync_every "
-        "parallel.diloco.fragments elastic.min_workers",
+        "parallel.diloco.fragments parallel.pipeline.num_stages parallel.pipeline.chunks elastic.min_workers",
     ),
     ("at least 2, a token and the one after it", lambda value: value >= 2, "data.max_seq_length"),
     (
@@ -71,7 +71,7 @@ def check(config: Config) -> list[Problem]:
     alone = list({problem.key: problem for problem in reversed(alone)}.values())
     bad = {problem.key for problem in alone}
     together = [*_model(config), *_data(config.data), *_step(config), *_parallel(config.parallel)]
-    together += [*_sync(config), *_elastic(config), *_pairs(config)]
+    together += [*_sync(config), *_pipeline(config), *_elastic(config), *_pairs(config)]
     return alone + [problem for problem in together if bad.isdisjoint((problem.key, *problem.others))]
 
 
@@ -233,6 +233,37 @@ def _sync(config: Config) -> Iterator[Problem]:
             yield Problem("parallel.diloco.overlap_steps", f"{rule}{' or fewer' if between > 1 else ''}", keys)
 
 
+def _pipeline(config: Config) -> Iterator[Problem]:
+    parallel, pipeline, stages = config.parallel, config.parallel.pipeline, ("parallel.pipeline.num_stages",)
+    if pipeline.chunks > 1 and pipeline.schedule != "interleaved":
+        rule = "only means something with parallel.pipeline.schedule=interleaved; set that, or use 1"
+        yield Problem("parallel.pipeline.chunks", rule, ("parallel.pipeline.schedule",))
+    if pipeline.schedule == "interleaved" and pipeline.chunks < 2:
+        rule = "gives every worker several stages: set parallel.pipeline.chunks to 2 or more, or use 1f1b"
+        yield Problem("parallel.pipeline.schedule", rule, ("parallel.pipeline.chunks",))
+    if isinstance(pipeline.split, tuple) and len(pipeline.split) != pipeline.num_stages * pipeline.chunks:
+        num = pipeline.num_stages * pipeline.chunks
+        rule = f"must say for each of the {num} stages how many layers it has; it has {len(pipeline.split)} numbers"
+        yield Problem("parallel.pipeline.split", f"{rule}; or use auto", stages)
+    if pipeline.num_stages <= 1:
+        return
+    if parallel.nproc % pipeline.num_stages:
+        rule = f"must be a multiple of parallel.pipeline.num_stages={pipeline.num_stages}, the workers of one copy"
+        use = -(-parallel.nproc // pipeline.num_stages) * pipeline.num_stages
+        yield Problem("parallel.nproc", f"{rule} of the model; use --nproc {use}", stages)
+    for key, fits, rule in (
+        ("parallel.backend", parallel.backend == "grpc", "its groups are made over gRPC; use grpc"),
+        ("parallel.sync", parallel.sync == "step", "its workers agree in every step; use step"),
+        ("parallel.wire", parallel.wire == "fp32", "what rounding leaves out would belong to a stage; use fp32"),
+        ("optimizer.shard", not config.optimizer.shard, "a stage has only its part of the moments anyway; use false"),
+        ("elastic.enabled", not config.elastic.enabled, "a lost worker takes its layers with it; use false"),
+        ("eval.generate", not config.eval.generate, "nobody has the whole model to generate with; use false"),
+    ):
+        if not fits:
+            of = f"parallel.pipeline.num_stages={pipeline.num_stages}"
+            yield Problem(key, f"cannot stand beside {of}: {rule}", stages)
+
+
 def _elastic(config: Config) -> Iterator[Problem]:
     elastic, parallel, enabled = config.elastic, config.parallel, ("elastic.enabled",)
     if parallel.share == "speed" and not elastic.enabled:
@@ -250,17 +281,17 @@ def _elastic(config: Config) -> Iterator[Problem]:
         return
     for key, fits, rule in (
         ("parallel.backend", parallel.backend == "grpc", "a native group cannot lose a member; use grpc"),
-        ("parallel.sync", parallel.sync == "step", "its workers agree in every step; use step"),
-        ("parallel.bandwidth", parallel.bandwidth == "even", "workers come and go, so weights fit nobody; use even"),
+        ("parallel.sync", parallel.sync != "delayed", "a sum under way is of one group; use step or diloco"),
+        ("parallel.diloco.overlap_steps", not parallel.diloco.overlap_steps, "a sum under way is of one group; use 0"),
+        (
+            "parallel.bandwidth",
+            isinstance(parallel.bandwidth, str),
+            "workers come and go, so weights fit nobody; use even or auto",
+        ),
         (
             "parallel.share",
             isinstance(parallel.share, str),
             "workers come and go, so weights fit nobody; use even or speed",
-        ),
-        (
-            "optimizer.shard",
-            not config.optimizer.shard,
-            "a lost worker would take its part of the moments with it; use false",
         ),
     ):
         if not fits:

@@ -163,6 +163,25 @@ class DilocoConfig:
 
 
 @dataclass(frozen=True)
+class PipelineConfig:
+    num_stages: int = 1
+    """Workers that one copy of the model is spread over, each with some of its layers. `parallel.nproc` is a multiple
+    of it: so many copies train side by side. 1 leaves the model in one piece."""
+    split: Literal["auto"] | tuple[int, ...] = "auto"
+    """Layers of each stage, as in [12, 20]; `auto` makes the stages alike in work."""
+    schedule: Literal["1f1b", "gpipe", "interleaved", "zb-h1"] = "1f1b"
+    """When a worker computes what; the result is the same. `interleaved` gives every worker `chunks` stages, `zb-h1`
+    computes the gradients of weights when nobody waits."""
+    chunks: int = 1
+    """Stages of each worker, for `interleaved`."""
+    activations: Literal["recompute", "keep"] = "recompute"
+    """What is held of a micro-batch until its backward pass: its input alone, or all that was computed, which is faster
+    by a third and takes that memory for every micro-batch under way."""
+    wire_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of activations and their gradients between workers; `bf16` sends half the bytes of a float32 model."""
+
+
+@dataclass(frozen=True)
 class ParallelConfig:
     nproc: int = 1
     """Workers to start on this machine (`--nproc`)."""
@@ -174,9 +193,10 @@ class ParallelConfig:
     wire: Literal["fp32", "bf16", "fp16", "int8", "int4"] = "fp32"
     """How gradients travel. With `fp32` the sum is exact and the same bits on any number of workers; the others send a
     half to an eighth of the bytes, and what rounding leaves out is sent with the next step."""
-    bandwidth: Literal["even"] | tuple[float, ...] = "even"
-    """Of the workers' links, in any unit, one per worker: who has a slow one sums less for the others. Does not change
-    the result in `fp32`."""
+    bandwidth: Literal["auto", "even"] | tuple[float, ...] = "auto"
+    """Of the workers' links: who has a slow one sums less for the others. `auto` measures them where the workers of an
+    elastic run are on several machines, and takes them for alike on one; or give them in any unit, one per worker. Does
+    not change the result in `fp32`."""
     sync: Literal["step", "delayed", "diloco"] = "step"
     """When workers agree. `step`: in every step, on the same bits as one worker. `delayed`: gradients travel while the
     next step is computed, and are one update old when they are applied. `diloco`: workers train by themselves and
@@ -185,6 +205,7 @@ class ParallelConfig:
     """With `delayed`, how strongly gradients are corrected for what parameters have changed since; 0 does not, and
     saves the memory of a copy of what is trained."""
     diloco: DilocoConfig = DilocoConfig()
+    pipeline: PipelineConfig = PipelineConfig()
     timeout_s: float = 300.0
     """A worker that another one waits for and that sends nothing for so long is given up."""
     port: int = 0

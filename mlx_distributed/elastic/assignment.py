@@ -38,6 +38,21 @@ def assign(num_leaves: int, held: Sequence[tuple[Node, ...]], weights: Sequence[
     return list(_assign(num_leaves, tuple(held), tuple(weights)))
 
 
+def undivided(held: Sequence[tuple[Node, ...]]) -> list[tuple[Node, ...]]:
+    """Of what members hold, what can be put in where each puts in all that it holds or nothing.
+
+    Whoever holds the most goes first, and of those that hold as much the lower rank.
+    """
+    leaves = [{leaf for lo, hi in nodes for leaf in range(lo, hi)} for nodes in held]
+    taken: set[int] = set()
+    kept = set()
+    for rank in sorted(range(len(held)), key=lambda rank: -len(leaves[rank])):
+        if not leaves[rank] & taken:
+            kept.add(rank)
+            taken |= leaves[rank]
+    return [nodes if rank in kept else () for rank, nodes in enumerate(held)]
+
+
 @lru_cache(maxsize=4)
 def _assign(num_leaves: int, held: tuple[tuple[Node, ...], ...], weights: tuple[float, ...]) -> tuple[Share, ...]:
     kept = _without_doubles(held)

@@ -17,7 +17,8 @@ import numpy as np
 
 from mlx_distributed.comm.base import Communicator, LocalComm
 from mlx_distributed.comm.tree_sum import Node
-from mlx_distributed.elastic.assignment import assign
+from mlx_distributed.elastic.assignment import assign, undivided
+from mlx_distributed.elastic.links import Linked, share_by_links
 from mlx_distributed.elastic.membership import Membership
 from mlx_distributed.elastic.protocol import Epoch, EpochId, Fetch, Loss, Outcome, WorkerId
 from mlx_distributed.elastic.worker import View
@@ -33,10 +34,10 @@ RETRY_S = 0.5
 """After a transfer of state that has failed."""
 
 InfoT = TypeVar("InfoT")
-OutT = TypeVar("OutT", covariant=True)
+AttemptT = TypeVar("AttemptT", bound="Attempt")
 
 
-class Group(Communicator, Protocol):
+class Group(Communicator, Linked, Protocol):
     """A communicator that another thread may look into, and end."""
 
     def connect(self, addresses: Sequence[str]) -> None: ...
@@ -50,9 +51,11 @@ class Group(Communicator, Protocol):
         ...
 
 
-class Attempt(Protocol[OutT]):
+class Attempt(Protocol):
     """A step that is being taken; `train.attempt` says more."""
 
+    @property
+    def divisible(self) -> bool: ...
     @property
     def num_leaves(self) -> int: ...
     @property
@@ -62,10 +65,9 @@ class Attempt(Protocol[OutT]):
     def keep(self, nodes: Collection[Node]) -> None: ...
     def reduce(self, leaves: Sequence[int], comm: Communicator) -> str: ...
     def settle(self) -> None: ...
-    def commit(self) -> OutT: ...
 
 
-class Run(Protocol[InfoT]):
+class Run(Protocol[AttemptT, InfoT]):
     """What is trained, as far as this room needs to know."""
 
     @property
@@ -83,11 +85,21 @@ class Run(Protocol[InfoT]):
 
     @property
     def leaving_others(self) -> bool:
-        """This worker is to end after the step under way, and the others are not."""
+        """This worker is to end at once, and the others are not: they take over what it was computing. What follows
+        the last step it still does."""
         ...
 
-    def attempt(self) -> Attempt[InfoT]:
+    def enter(self, group: Group, members: Sequence[str]) -> None:
+        """Called on all members of an epoch, given by name in rank order, before anything else. All have taken the same
+        steps. May raise CommError of the group."""
+        ...
+
+    def attempt(self) -> AttemptT:
         """A new one, of the next step."""
+        ...
+
+    def commit(self, attempt: AttemptT) -> InfoT:
+        """Take the step. Touches no other machine."""
         ...
 
     def fetch(self, offer: Fetch) -> Outcome | None:
@@ -106,7 +118,11 @@ class Run(Protocol[InfoT]):
 
 
 def run_elastic(
-    run: Run[InfoT], member: Membership, form: Callable[[EpochId, int, int], Group], grace_s: float
+    run: Run[AttemptT, InfoT],
+    member: Membership,
+    form: Callable[[EpochId, int, int], Group],
+    grace_s: float,
+    measures_links: bool = True,
 ) -> None:
     """Take the steps of a run together with whoever is there, until all are taken, or this worker is to leave.
 
@@ -115,19 +131,26 @@ def run_elastic(
         member: of this worker; its view knows what step the state is of.
         form: makes the group of an epoch, not yet connected, given its id, the rank in it and its size.
         grace_s: for how long the coordinator may be away before `run.alone` is called.
+        measures_links: of workers on several machines, the same on all of them; otherwise links count as alike.
 
     Raises:
         TrainingError: this worker is not let in, or the run has failed.
     """
-    _Loop(run, member, form, grace_s).run()
+    _Loop(run, member, form, grace_s, measures_links).run()
 
 
-class _Loop(Generic[InfoT]):
+class _Loop(Generic[AttemptT, InfoT]):
     def __init__(
-        self, run: Run[InfoT], member: Membership, form: Callable[[EpochId, int, int], Group], grace_s: float
+        self,
+        run: Run[AttemptT, InfoT],
+        member: Membership,
+        form: Callable[[EpochId, int, int], Group],
+        grace_s: float,
+        measures_links: bool,
     ) -> None:
         self._run, self._member, self._form, self._grace_s = run, member, form, grace_s
-        self._attempt: Attempt[InfoT] | None = None
+        self._measures_links = measures_links
+        self._attempt: AttemptT | None = None
         self._failed: EpochId | None = None
         """The epoch whose group has failed here."""
         self._info: InfoT | None = None
@@ -181,13 +204,14 @@ class _Loop(Generic[InfoT]):
 
     def _commit(self) -> None:
         assert self._attempt is not None
-        self._info, self._attempt = self._attempt.commit(), None
+        self._info, self._attempt = self._run.commit(self._attempt), None
 
     def _take_part(self, epoch: Epoch, view: View) -> None:
         """Take steps in an epoch, until it is over."""
         rank = next(rank for rank, seat in enumerate(epoch.seats) if seat.worker == view.worker)
         try:
             with self._group(epoch, rank) as group:
+                self._run.enter(group, [seat.worker.name for seat in epoch.seats])
                 held, seats = self._agree(epoch, group), epoch.seats
                 while self._run.step < self._run.num_steps:
                     self._prepare(epoch.id, [seat.weight for seat in seats], held, rank, group)
@@ -198,7 +222,7 @@ class _Loop(Generic[InfoT]):
                     if view.epoch is None or _over(view, epoch.id):
                         return
                     self._tell(epoch, group)
-                    if self._run.leaving_others:
+                    if self._leaves():
                         return
                     held, seats = [()] * len(seats), view.epoch.seats
         except CommError as error:
@@ -237,7 +261,7 @@ class _Loop(Generic[InfoT]):
     ) -> None:
         """Compute this worker's share of the step, add up, and vote."""
         attempt = self._attempt = self._attempt or self._run.attempt()
-        share = assign(attempt.num_leaves, held, weights)[rank]
+        share = assign(attempt.num_leaves, held if attempt.divisible else undivided(held), weights)[rank]
         attempt.keep(share.keep)
         digest = attempt.reduce([leaf for node in share.compute for leaf in range(*node)], group)
         self._member.change(lambda view: view.prepare(epoch, digest), speed=attempt.speed)
@@ -252,6 +276,8 @@ class _Loop(Generic[InfoT]):
         watch.start()
         try:
             group.connect([seat.address for seat in epoch.seats])
+            if self._measures_links and (link := share_by_links(epoch.seats, rank, group)):
+                self._member.change(lambda view: view, link=link)
             yield group
         except BaseException as error:
             group.close(error)
@@ -262,9 +288,18 @@ class _Loop(Generic[InfoT]):
             closed.set()
             watch.join()
 
+    def _leaves(self) -> bool:
+        """Leave, where this worker is to and the others are not: they hear of it before its part of the group ends."""
+        leaves = self._run.leaving_others and self._run.step < self._run.num_steps
+        if leaves:
+            self._member.leave("it was asked to end")
+        return leaves
+
     def _watch(self, epoch: Epoch, group: Group, closed: threading.Event) -> None:
-        """In a thread of its own: end the group with its epoch, and name who is silent in it."""
+        """In a thread of its own: leave the run where that is asked for, end the group with its epoch, and name who is
+        silent in it."""
         while not closed.is_set():
+            self._leaves()
             if self._member.wait(lambda view: _over(view, epoch.id) or closed.is_set(), WATCH_S):
                 if not closed.is_set():
                     group.interrupt("the members of the run have changed")

@@ -26,7 +26,8 @@ def started(rules: Rules, records: Sequence[Record], now_s: float) -> tuple[Stat
     """The state of a coordinator that starts from a journal, in a term of its own, and what it does first.
 
     The members of the last epoch are still its members: they come back and say what they have prepared, so a step that
-    was finished while nobody coordinated is committed. Those that are gone are found out by probing.
+    was finished while nobody coordinated is committed, and who was not told of the last one is. Those that are gone are
+    found out by probing.
 
     Args:
         rules: of the run.
@@ -52,7 +53,7 @@ def started(rules: Rules, records: Sequence[Record], now_s: float) -> tuple[Stat
     state = replace(state, term=state.term + 1, sequence=0)
     actions.append(Append(TermRecord(state.term)))
     unheard = Standing(-1, NOTHING)
-    seats = state.epoch.seats if state.epoch and not state.finished else ()
+    seats = state.epoch.seats if state.epoch else ()
     members = {
         seat.worker.name: Member(seat.worker, seat.address, unheard, now_s, False, True, now_s) for seat in seats
     }

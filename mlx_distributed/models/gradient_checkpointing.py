@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_distributed.models.prepare import layers
+from mlx_distributed.models.random_state import random_key
 
 
 def checkpoint_layers(model: nn.Module) -> None:
@@ -34,12 +35,12 @@ class _Checkpointed:
             return forward(*args, **kwargs)
         # MLX calls the function once now and once more in the backward pass, where dropout must draw the same numbers
         # and the numbers drawn after it must not change.
-        at_entry = _random_key()
+        at_entry = random_key()
         recomputing = False
 
         def run(parameters: dict[str, Any], args: Any, kwargs: Any) -> Any:
             nonlocal recomputing
-            at_call, held = _random_key(), self.trainable_parameters()
+            at_call, held = random_key(), self.trainable_parameters()
             mx.random.seed(at_entry)
             self.update(parameters)
             outputs = forward(*args, **kwargs)
@@ -55,10 +56,3 @@ class _Checkpointed:
 @cache
 def _checkpointed(cls: type[nn.Module]) -> type[nn.Module]:
     return type(cls.__name__, (_Checkpointed, cls), {})
-
-
-def _random_key() -> int:
-    """The state of MLX's random numbers on this thread; `mx.random.seed` takes it back."""
-    state: Any = mx.random.state
-    high, low = state[0].tolist()
-    return (high << 32) | low

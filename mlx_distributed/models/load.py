@@ -21,11 +21,15 @@ from mlx_distributed.models.upstream import DEFAULT_ALLOW_PATTERNS, TokenizerWra
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
-def load(model: ModelConfig) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
+def load(model: ModelConfig, *, lazy: bool = False) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
     """The model in evaluation mode, its tokenizer, and its architecture as in config.json.
 
     All arrays are evaluated, since `mx.load` is lazy: afterwards the files may be replaced, and any thread may use the
     model. Nothing is asked of the network for a local folder.
+
+    Args:
+        model: what to load.
+        lazy: read names and shapes only; weights are read when they are evaluated, as `cut` does for its own.
 
     Raises:
         ConfigError: no such folder or Hub model, a missing or damaged file, or an architecture unknown to mlx-lm.
@@ -42,7 +46,8 @@ def load(model: ModelConfig) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any
         )
         if model.dtype is not None:
             _cast(loaded, getattr(mx, model.dtype))
-        mx.eval(loaded.state)
+        if not lazy:
+            mx.eval(loaded.state)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         raise ConfigError(f"model.path={model.path} cannot be loaded by mlx-lm: {_in_short(error)}") from error
     return loaded, tokenizer, config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -24,8 +24,12 @@ _LINEAR = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
 _CHECKSUM_WORDS = 1 << 24  # at a time, to need little memory
 
 
+class Absent:
+    """Mixed into the class of a transformer block that another pipeline stage holds."""
+
+
 def layers(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks, first to last.
+    """The transformer blocks, first to last; of a pipeline stage those that it holds.
 
     Raises:
         ConfigError: the architecture does not list them.
@@ -36,14 +40,15 @@ def layers(model: nn.Module) -> list[nn.Module]:
             f"the architecture {getattr(model, 'model_type', type(model).__name__)} does not list its layers, "
             "which fine-tuning needs; use for example a llama, qwen or mistral model"
         )
-    return blocks
+    return [block for block in blocks if not isinstance(block, Absent)]
 
 
-def prepare(model: nn.Module, method: Method, lora: LoraConfig, seed: int) -> None:
+def prepare(model: nn.Module, method: Method, lora: LoraConfig, seed: int, *, lazy: bool = False) -> None:
     """Decide, once per model, what is trained: it becomes float32, and the model is put into training mode.
 
     "lora" and "dora" adapt linear layers inside the transformer blocks (mlx-lm's layers; the same seed gives the same
-    weights, `mx.random` is seeded anew); "full" trains every parameter, embeddings and head too.
+    weights, `mx.random` is seeded anew); "full" trains every parameter, embeddings and head too. With `lazy` nothing is
+    evaluated, and a stage cut from the model gets the adapters that the whole model would have.
 
     Raises:
         ConfigError: a name in `lora.target_modules` matches nothing, `lora.num_layers` does not fit, or the layers of
@@ -60,7 +65,8 @@ def prepare(model: nn.Module, method: Method, lora: LoraConfig, seed: int) -> No
         linear_to_lora_layers(model, num_layers, parameters, use_dora=method == "dora")
     model.update(tree_map(lambda array: array.astype(mx.float32), model.trainable_parameters()))
     model.train()
-    mx.eval(model.state)
+    if not lazy:
+        mx.eval(model.state)
 
 
 def trainable(model: nn.Module) -> dict[str, mx.array]:
@@ -74,8 +80,21 @@ def fingerprint(model: nn.Module, config: Mapping[str, Any]) -> str:
     Two workers train the same model, and two runs can continue each other's checkpoints, only if theirs are equal.
     To be taken before training, while the weights are those that were loaded.
     """
-    parameters = [[name, array.shape, str(array.dtype)] for name, array in trainable(model).items()]
+    return join_fingerprints([weigh(model)], config)
+
+
+def weigh(model: nn.Module) -> dict[str, Any]:
+    """What the fingerprint of a model takes from it, or from one of its pipeline stages; can be sent as JSON."""
+    parameters = [[name, list(array.shape), str(array.dtype)] for name, array in trainable(model).items()]
     weights = {name: _checksum(array) for name, array in dict(tree_flatten(model.parameters())).items()}
+    return {"trainable": parameters, "weights": weights}
+
+
+def join_fingerprints(stages: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> str:
+    """The `fingerprint` of a whole model from what its stages weigh; tied embeddings, which two hold, count once."""
+    trained = {name: [name, *kind] for stage in stages for name, *kind in stage["trainable"]}
+    parameters = [trained[name] for name in sorted(trained)]
+    weights = {name: checksum for stage in stages for name, checksum in stage["weights"].items()}
     text = json.dumps({"architecture": dict(config), "trainable": parameters, "weights": weights}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

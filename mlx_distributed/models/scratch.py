@@ -16,12 +16,15 @@ from mlx_distributed.errors import ConfigError
 from mlx_distributed.models.upstream import ARCHITECTURES_FOLDER, MODEL_REMAPPING, TokenizerWrapper
 
 
-def build_scratch(arch: Mapping[str, Any], tokenizer: TokenizerWrapper, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+def build_scratch(
+    arch: Mapping[str, Any], tokenizer: TokenizerWrapper, seed: int, *, lazy: bool = False
+) -> tuple[nn.Module, dict[str, Any]]:
     """A model with random weights and its complete architecture, to be saved as config.json.
 
     `vocab_size` becomes the true size of the tokenizer. Keys that the architecture needs and `arch` leaves out are
     filled in where one value is safe (see `_defaults`). The weights are MLX's own initial ones, the same for the same
-    seed; `mx.random` is seeded anew. A tied model starts within about 0.7 of the loss of guessing, ln(vocab_size).
+    seed; `mx.random` is seeded anew. With `lazy` they are drawn when they are evaluated, and are the same numbers. A
+    tied model starts within about 0.7 of the loss of guessing, ln(vocab_size).
 
     Raises:
         ConfigError: unknown architecture, key that it does not know, missing key, or sizes that do not fit together.
@@ -44,7 +47,8 @@ def build_scratch(arch: Mapping[str, Any], tokenizer: TokenizerWrapper, seed: in
     mx.random.seed(seed)
     try:
         model = model_class(args_class.from_dict(config))
-        mx.eval(model.state)
+        if not lazy:
+            mx.eval(model.state)
         model(mx.zeros((1, 1), mx.int32))  # lazy, so it costs nothing: only the shapes are checked
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         reason = str(error) or type(error).__name__

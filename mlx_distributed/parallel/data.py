@@ -19,6 +19,6 @@ def share(num_microbatches: int, weights: Sequence[float]) -> list[tuple[int, in
     return list(itertools.pairwise(edges))
 
 
-def rank_weights(setting: Literal["even", "speed"] | Sequence[float], size: int) -> Sequence[float]:
+def rank_weights(setting: Literal["even", "speed", "auto"] | Sequence[float], size: int) -> Sequence[float]:
     """`parallel.share` or `parallel.bandwidth` as one number per rank, alike where none are given."""
     return [1.0] * size if isinstance(setting, str) else setting

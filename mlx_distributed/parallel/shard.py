@@ -1,4 +1,4 @@
-"""`Shard`: the part of every parameter, gradient and moment that one rank owns.
+"""`Shard`: the part of every parameter, gradient and moment that one rank owns, or has a copy of.
 
 Source:
     the first stage of Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models".
@@ -26,11 +26,14 @@ class Shard:
 
     segments: tuple[Mapping[str, Range], ...]
     """By bucket, in its order: what is owned of each array."""
+    slices: tuple[Range, ...]
+    """By bucket: what is owned of it, in its elements."""
 
     @classmethod
     def of(cls, layout: Sequence[BucketLayout], slices: Sequence[Range]) -> Shard:
         """What a rank owns that has this slice of each bucket."""
-        return cls(tuple(_segments(bucket, *owned) for bucket, owned in zip(layout, slices, strict=True)))
+        segments = (_segments(bucket, *owned) for bucket, owned in zip(layout, slices, strict=True))
+        return cls(tuple(segments), tuple(slices))
 
     @property
     def ranges(self) -> dict[str, Range]:
@@ -55,6 +58,15 @@ class Shard:
         """The inverse of `split`, which empties `segments`, so that they can be freed one by one."""
         pieces = [[segments.pop(name) for name in bucket] for bucket in self.segments]
         return [own[0] if len(own) == 1 else mx.concatenate([mx.zeros(0), *own]) for own in pieces]
+
+
+@dataclass
+class Part:
+    """A shard and its moments."""
+
+    shard: Shard
+    moments: Arrays
+    """As from `DistributedAdamW.init`, of the segments."""
 
 
 def _segments(bucket: BucketLayout, start: int, stop: int) -> dict[str, Range]:

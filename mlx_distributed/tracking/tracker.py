@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TextIO
 
 from mlx_distributed.config import Config, to_dict
 from mlx_distributed.errors import MlxDistributedError
@@ -19,6 +19,9 @@ class Tracker(Protocol):
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Measurements of optimizer step `step`, named as in metrics.jsonl. Steps do not go back."""
+
+    def rewind(self, step: int) -> None:
+        """What was said of later steps may not be whole, and will be said once more."""
 
     def message(self, text: str) -> None:
         """Something for people: a notice, a generated sample."""
@@ -39,6 +42,10 @@ class Trackers:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         for tracker in self._trackers:
             tracker.log(metrics, step)
+
+    def rewind(self, step: int) -> None:
+        for tracker in self._trackers:
+            tracker.rewind(step)
 
     def message(self, text: str) -> None:
         for tracker in self._trackers:
@@ -67,7 +74,8 @@ def open_tracker(
     total_steps: int,
     wandb_id: str,
     resume_step: int | None = None,
-    resume_metrics: Collection[str] = (),
+    resume_metrics: Collection[str] | None = (),
+    console: TextIO | None = None,
 ) -> Trackers:
     """What `config` asks for: metrics.jsonl and the console always, Weights & Biases where a project is set.
 
@@ -76,16 +84,17 @@ def open_tracker(
         total_steps: optimizer steps of the whole run.
         wandb_id: of this run, from `new_wandb_id` or from the checkpoint.
         resume_step: step of the checkpoint that the run goes on from; None for a new run.
-        resume_metrics: evaluations of that step that the checkpoint holds.
+        resume_metrics: evaluations of that step that the checkpoint holds; None: all that were made.
+        console: standard output by default.
 
     Raises:
         ConfigError: `output_dir` cannot be written.
     """
-    console = ConsoleTracker(total_steps)
-    trackers: list[Tracker] = [JsonlTracker(config.output_dir / "metrics.jsonl", resume_step, resume_metrics), console]
+    screen = ConsoleTracker(total_steps, console)
+    trackers: list[Tracker] = [JsonlTracker(config.output_dir / "metrics.jsonl", resume_step, resume_metrics), screen]
     if config.wandb.project is not None and config.wandb.mode != "disabled":
         resolved = to_dict(config)
-        trackers.append(WandbTracker(config.wandb, wandb_id, resolved, config.output_dir, notify=console.message))
+        trackers.append(WandbTracker(config.wandb, wandb_id, resolved, config.output_dir, notify=screen.message))
     return Trackers(trackers)
 
 

@@ -59,6 +59,9 @@ class WandbTracker:
     def message(self, text: str) -> None:
         """Not sent."""
 
+    def rewind(self, step: int) -> None:
+        """What was said stays, and is said twice then."""
+
     def checkpoint(self, folder: Path, step: int, aliases: Sequence[str]) -> None:
         """Sends the folder as a version of the artifact `<run id>-checkpoint`, where the configuration asks for it."""
         if self._config.log_checkpoints:

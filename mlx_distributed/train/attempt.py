@@ -30,8 +30,10 @@ class Attempt:
         state: that the step is taken from; changed by `commit` alone.
     """
 
+    divisible = True
+    """Of what this rank holds, it can put in a part."""
+
     def __init__(self, phases: Phases, state: TrainState) -> None:
-        assert state.shard is None
         assert state.inner is None
         self._phases, self._state = phases, state
         self._work = phases.work(state.step)
@@ -80,11 +82,10 @@ class Attempt:
         """
         begun_s, compute_s = time.monotonic(), self._compute_s
         reduce_s, sent_bytes = comm.traffic.reduce_s, comm.traffic.sent_bytes
-        self.sums = self._phases.start(self._state, self._work, self._computed(leaves, comm), comm)()
+        self.sums = self._reduce(leaves, comm)
         self._comm_s += comm.traffic.reduce_s - reduce_s
         self._sent_bytes += comm.traffic.sent_bytes - sent_bytes
         self._exposed_s += time.monotonic() - begun_s - (self._compute_s - compute_s)
-        self._reduced = None
         self.digest = quick_digest(self.sums)
         return self.digest
 
@@ -94,14 +95,9 @@ class Attempt:
 
     def commit(self) -> StepInfo:
         """Take the step. Touches no other machine."""
-        if self._reduced is None:
-            self.settle()
-        reduced, self.sums = self._reduced, {}  # The update lets go of them one by one.
-        assert reduced is not None
         for tree in self._sums.trees:
             tree.parts.clear()
-        self._phases.commit(self._state, self._work.step, reduced, LocalComm())
-        return reduced.info(
+        return self._take().info(
             step=self._state.step,
             learning_rate=self._phases.rate(self._work.step),
             step_s=time.monotonic() - self._begun_s,
@@ -109,6 +105,19 @@ class Attempt:
             comm_exposed_s=self._exposed_s,
             sent_bytes=self._sent_bytes,
         )
+
+    def _reduce(self, leaves: Sequence[int], comm: Communicator) -> Arrays:
+        sums = self._phases.start(self._state, self._work, self._computed(leaves, comm), comm)()
+        self._reduced = None
+        return sums
+
+    def _take(self) -> Reduced:
+        if self._reduced is None:
+            self.settle()
+        reduced, self.sums = self._reduced, {}  # The update lets go of them one by one.
+        assert reduced is not None
+        self._phases.commit(self._state, self._work.step, reduced, LocalComm())
+        return reduced
 
     def _computed(self, leaves: Sequence[int], comm: Communicator) -> Iterator[Parts]:
         """By bucket, what this rank holds when these micro-batches are computed; takes the time."""

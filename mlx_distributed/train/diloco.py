@@ -21,7 +21,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlx_distributed.comm.base import Communicator, LocalComm
-from mlx_distributed.comm.buckets import from_buckets, make_layout, to_buckets
+from mlx_distributed.comm.buckets import Arrays, from_buckets, make_layout, to_buckets
 from mlx_distributed.config.schema import DilocoConfig
 from mlx_distributed.errors import CommError
 from mlx_distributed.parallel.data import rank_weights, share
@@ -112,9 +112,7 @@ class _Worker:
     def __init__(self, phases: Phases, state: TrainState, comm: Communicator) -> None:
         config = phases.config
         self._phases, self._state, self._comm, self._diloco = phases, state, comm, config.parallel.diloco
-        # An update of its own is a step in a group of one, which takes all of its micro-batches.
-        alone = replace(config, parallel=replace(config.parallel, share="even"))
-        self._alone = Phases(alone, phases.plan, phases.rows)
+        self._alone = phases.alone
         self._fragments = make_fragments(state.parameters, config)
         weights = tuple(rank_weights(config.parallel.share, comm.size))
         self._parts = [parts[comm.rank] for parts in parts_of(weights, self._diloco.sync_every)]
@@ -215,29 +213,12 @@ class _Worker:
         inner.exchanged_at[fragment] = own.num_tokens
 
     def _apply(self, learning_rate: float, momentum: float | None, mix: float) -> None:
-        """Take the outer step that the sums ask for, and bring this rank's copy to where it leads.
-
-        Args:
-            learning_rate: of the outer step.
-            momentum: None neither uses nor changes it.
-            mix: share of the copy that stays.
-        """
-        state, own = self._state, self._inner.state
+        """Take the outer step that the sums under way ask for; the arguments are those of `take_outer_step`."""
+        state = self._state
         assert state.pending is not None
         self.settle()
         sums, state.pending = state.pending.sums, None
-        if finite(sums) and sums[NUM_TOKENS].item():
-            moved, kept = nesterov(state.parameters, state.optimizer, sums, learning_rate, momentum or 0.0)
-            if momentum is None:
-                kept = {}
-            mx.eval(moved, kept)
-            state.model.update(tree_unflatten(list(moved.items())))
-            state.optimizer |= kept
-        agreed, mine = state.parameters, own.parameters
-        names = [name for name in sums if name != NUM_TOKENS]
-        brought = {name: mix * mine[name] + (1 - mix) * agreed[name] if mix else agreed[name] for name in names}
-        mx.eval(brought)
-        own.model.update(tree_unflatten(list(brought.items())))
+        take_outer_step(state, sums, learning_rate, momentum, mix)
 
     def _add(self, heard: _Heard, packed: mx.array, peer: int) -> None:
         num = len(heard.tally.losses)
@@ -265,6 +246,31 @@ class _Worker:
             yield
         finally:
             self._waited_s += time.monotonic() - start_s
+
+
+def take_outer_step(state: TrainState, sums: Arrays, learning_rate: float, momentum: float | None, mix: float) -> None:
+    """Take the outer step that sums ask for, and bring this rank's copy to where it leads.
+
+    Args:
+        state: with an `inner`.
+        sums: of `outer.differences` of some parameters; without effect where they are not finite, or of no tokens.
+        learning_rate: of the outer step.
+        momentum: None neither uses nor changes it.
+        mix: share of the copy that stays.
+    """
+    assert state.inner is not None
+    if finite(sums) and sums[NUM_TOKENS].item():
+        moved, kept = nesterov(state.parameters, state.optimizer, sums, learning_rate, momentum or 0.0)
+        if momentum is None:
+            kept = {}
+        mx.eval(moved, kept)
+        state.model.update(tree_unflatten(list(moved.items())))
+        state.optimizer |= kept
+    agreed, mine = state.parameters, state.inner.state.parameters
+    names = [name for name in sums if name != NUM_TOKENS]
+    brought = {name: mix * mine[name] + (1 - mix) * agreed[name] if mix else agreed[name] for name in names}
+    mx.eval(brought)
+    state.inner.state.model.update(tree_unflatten(list(brought.items())))
 
 
 _ALONE = LocalComm()

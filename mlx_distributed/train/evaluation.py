@@ -21,6 +21,7 @@ from mlx_distributed.models.upstream import TokenizerWrapper
 from mlx_distributed.parallel.data import share
 from mlx_distributed.train.checkpoint import EVAL_LOSS
 from mlx_distributed.train.loss import summed_loss
+from mlx_distributed.train.pipeline import Microbatch, Pipeline
 from mlx_distributed.train.tally import Tally
 
 GENERATE_BATCH = 32
@@ -41,22 +42,41 @@ class Sample:
         return self.generated.strip() == self.reference.strip()
 
 
-def evaluate_loss(model: nn.Module, rows: Sequence[Row], micro_batch_size: int, comm: Communicator) -> dict[str, float]:
-    """Loss in nats per label token and perplexity over all rows, in a fixed order."""
+def evaluate_loss(
+    model: nn.Module,
+    rows: Sequence[Row],
+    micro_batch_size: int,
+    comm: Communicator,
+    pipeline: Pipeline | None = None,
+) -> dict[str, float]:
+    """Loss in nats per label token and perplexity over all rows, in a fixed order.
+
+    Args:
+        model: or what this worker has of it.
+        rows: to be evaluated on.
+        micro_batch_size: sequences at a time.
+        comm: over which the rows are shared.
+        pipeline: that the model is spread over; None where this worker has all of it.
+    """
     order = sorted(range(len(rows)), key=lambda row: len(rows[row].tokens))
     batches = [order[at : at + micro_batch_size] for at in range(0, len(order), micro_batch_size)]
     start, stop = share(len(batches), [1.0] * comm.size)[comm.rank]
     tally = Tally.empty(len(batches))
     with evaluating(model):
-        for i in range(start, stop):
-            tokens, loss_mask = collate([rows[row] for row in batches[i]])
-            tally.num_tokens[i] = loss_mask[:, 1:].sum()
-            tally.losses[i] = summed_loss(model, mx.array(tokens), mx.array(loss_mask)).item()
+        own = [collate([rows[row] for row in batch]) for batch in batches[start:stop]]
+        tally.num_tokens[start:stop] = [loss_mask[:, 1:].sum() for _, loss_mask in own]
+        if pipeline is None:
+            tally.losses[start:stop] = [summed_loss(model, *map(mx.array, batch)).item() for batch in own]
+        else:
+            microbatches = [Microbatch(mx.array(tokens), mx.array(loss_mask), 0) for tokens, loss_mask in own]
+            tally.losses[start:stop] = list(pipeline.losses(microbatches, "the validation loss"))
     layout = make_layout(tally.part((0, 0)))
     parts = {node: to_buckets(layout, tally.part(node)) for node in cover(start, stop, len(batches))}
-    own = ({node: buckets[i] for node, buckets in parts.items()} for i in range(len(layout)))
-    reduced = comm.all_reduce(layout, len(batches), own, "the validation loss")
-    loss = Tally.pop(from_buckets(layout, reduced)).mean_loss
+    held = ({node: buckets[i] for node, buckets in parts.items()} for i in range(len(layout)))
+    reduced = Tally.pop(from_buckets(layout, comm.all_reduce(layout, len(batches), held, "the validation loss")))
+    if pipeline is not None:
+        pipeline.tell(reduced, "the validation loss")
+    loss = reduced.mean_loss
     return {EVAL_LOSS: loss, "eval/perplexity": math.exp(loss) if loss < 700 else math.inf}
 
 

@@ -13,18 +13,25 @@ from mlx_distributed.tracking import Tracker
 from mlx_distributed.train.agreement import broadcast_bytes
 from mlx_distributed.train.checkpoint import EVAL_LOSS, Checkpointer, CheckpointMeta
 from mlx_distributed.train.evaluation import evaluate_loss
+from mlx_distributed.train.pipeline import Pipeline
 from mlx_distributed.train.private import collect, give
+from mlx_distributed.train.setup import owned_slices
 from mlx_distributed.train.state import TrainState
 from mlx_distributed.train.step_info import StepInfo
 
 Hook = Callable[[TrainState, StepInfo], None]
 
 
+def due(every: int | None, step: int, num_steps: int = 1) -> bool:
+    """Whether what is to happen every so many steps, or never, happens after the last `num_steps` up to this one."""
+    return every is not None and step // every > (step - num_steps) // every
+
+
 def every(num_steps: int | None, hook: Hook) -> Hook:
     """Run the hook after every so many steps; never where `num_steps` is None."""
 
     def hook_when_due(state: TrainState, info: StepInfo) -> None:
-        if num_steps is not None and info.step % num_steps == 0:
+        if due(num_steps, info.step, info.num_steps):
             hook(state, info)
 
     return hook_when_due
@@ -70,23 +77,23 @@ class Save:
         self._save(state, self._comm)
 
     def alone(self, state: TrainState) -> None:
-        """Save without the others, whom this rank has lost: what compression has left out there is not in it. Without
+        """Save on this rank alone, which has lost the others: what compression has left out there is not in it. Without
         their moments there would be nothing to go on with, so of a shard nothing is saved."""
-        if self._comm.rank:
-            return
         if state.pending is not None and not state.pending.here:
             state.pending = None  # It is lost with the peer, and computed again after a resume.
-        if state.shard is None:
-            self._save(state, LocalComm())
-        elif self._saved[0] != state.step:
-            last = self._checkpointer.find("auto")
-            self._tracker.message(
-                f"step {state.step} cannot be saved, as every worker had a part of the moments (optimizer.shard): "
-                f"--resume goes on from the last whole checkpoint ({last.folder.name if last else 'there is none yet'})"
-            )
+        self._save(state, LocalComm())
 
     def _save(self, state: TrainState, comm: Communicator) -> None:
         if not state.step or self._saved == (state.step, state.metrics):
+            return
+        if state.shard is not None and state.shard.slices != owned_slices(self._layout, comm):
+            if self._saved[0] != state.step:
+                last = self._checkpointer.find("auto")
+                name = last.folder.name if last else "there is none yet"
+                self._tracker.message(
+                    f"step {state.step} cannot be saved, as every worker had a part of the moments (optimizer.shard): "
+                    f"--resume goes on from the last whole checkpoint ({name})"
+                )
             return
         if state.pending is not None:
             state.pending.settle(state.feedback)  # On all ranks: who leaves early would leave the others without.
@@ -110,18 +117,25 @@ class Evaluate:
         comm: over which the rows are shared.
         tracker: is told the figures.
         save_best: called where the state is the best so far; None where that does not matter.
+        pipeline: that the model is spread over; None where every rank has all of it.
     """
 
     def __init__(
-        self, rows: Sequence[Row], micro_batch_size: int, comm: Communicator, tracker: Tracker, save_best: Save | None
+        self,
+        rows: Sequence[Row],
+        micro_batch_size: int,
+        comm: Communicator,
+        tracker: Tracker,
+        save_best: Save | None,
+        pipeline: Pipeline | None = None,
     ) -> None:
         self._rows, self._micro_batch_size, self._comm = rows, micro_batch_size, comm
-        self._tracker, self._save_best = tracker, save_best
+        self._tracker, self._save_best, self._pipeline = tracker, save_best, pipeline
 
     def __call__(self, state: TrainState, info: StepInfo | None = None) -> None:
         if not self._rows:
             return
-        state.metrics = evaluate_loss(state.model, self._rows, self._micro_batch_size, self._comm)
+        state.metrics = evaluate_loss(state.model, self._rows, self._micro_batch_size, self._comm, self._pipeline)
         self._tracker.log(state.metrics, state.step)
         if self._save_best is not None and self._save_best.is_best(state):
             self._save_best(state)

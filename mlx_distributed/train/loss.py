@@ -6,7 +6,7 @@ by the number of label tokens of the whole step comes after the reduction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,7 +19,7 @@ ROW = 128
 """Of the squares in a block."""
 
 
-def summed_loss(model: nn.Module, tokens: mx.array, loss_mask: mx.array) -> mx.array:
+def summed_loss(model: Callable[[mx.array], mx.array], tokens: mx.array, loss_mask: mx.array) -> mx.array:
     """Cross-entropy in nats, summed over the tokens that are targets.
 
     Args:

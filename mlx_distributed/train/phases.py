@@ -6,7 +6,8 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import mlx.core as mx
 import numpy as np
@@ -114,6 +115,12 @@ class Phases:
         self.optimizer = make_optimizer(config)
         self._gradient_layout: tuple[BucketLayout, ...] | None = None
 
+    @cached_property
+    def alone(self) -> Phases:
+        """For updates that a rank makes by itself: steps in a group of one, which takes all micro-batches."""
+        config = replace(self.config, parallel=replace(self.config.parallel, share="even"))
+        return Phases(config, self.plan, self.rows)
+
     def work(self, step: int) -> Work:
         """All that is computed in a step."""
         return Work(step, self.plan.microbatches(step))
@@ -181,6 +188,9 @@ class Phases:
             mx.eval(loss, [] if last else [tree.parts for tree in sums.trees])
             sums.tally.losses[i] = loss.item()
             check()
+        yield from self._held(sums, keep)
+
+    def _held(self, sums: Sums, keep: bool) -> Iterator[Parts]:
         nodes = sums.nodes
         for tree in sums.trees:
             mx.eval(list(tree.parts.values()))
@@ -195,9 +205,7 @@ class Phases:
         self, state: TrainState, tokens: mx.array, loss_mask: mx.array, step: int, index: int
     ) -> tuple[mx.array, Arrays]:
         """Summed loss and its gradient for one micro-batch, not yet evaluated."""
-        # Dropout depends on the seed, the step and the micro-batch, not on who computes it or what came before.
-        key = hashlib.sha256(f"{self.config.seed}/{step}/{index}".encode()).digest()
-        mx.random.seed(int.from_bytes(key[:8], "little"))
+        mx.random.seed(self.dropout_seed(step, index))
         parameters = state.model.trainable_parameters()
 
         def loss_of(values: dict, tokens: mx.array, loss_mask: mx.array) -> mx.array:
@@ -207,6 +215,11 @@ class Phases:
         loss, gradients = mx.value_and_grad(loss_of)(parameters, tokens, loss_mask)
         state.model.update(parameters)  # The transformation has left its tracers in the module.
         return loss, dict(tree_flatten(gradients))
+
+    def dropout_seed(self, step: int, index: int) -> int:
+        """Of a micro-batch, whoever computes it, and whatever came before."""
+        key = hashlib.sha256(f"{self.config.seed}/{step}/{index}".encode()).digest()
+        return int.from_bytes(key[:8], "little")
 
     def reduce(self, state: TrainState, work: Work, parts: Iterator[Parts], comm: Communicator) -> Reduced:
         """Add up what all ranks have computed. Raises CommError."""
@@ -243,10 +256,17 @@ class Phases:
         elif state.shard is None:
             state.commit(self.optimizer, reduced.gradients, reduced.scale, rate, num_tokens)
         else:
-            layout = self._layout(state)
-            sharded.commit(state, self.optimizer, layout, reduced.gradients, reduced.scale, rate, num_tokens, comm)
+            own, update = state.parts[0], self.update(state, step, reduced)
+            what = f"the parameters of step {step + 1}"
+            parameters = update.exchange(own, reduced.gradients, self.layout(state), what, comm)
+            update.settle(own, reduced.gradients)
+            state.take([parameters], num_tokens)
 
-    def _layout(self, state: TrainState) -> tuple[BucketLayout, ...]:
+    def update(self, state: TrainState, step: int, reduced: Reduced) -> sharded.Update:
+        """Of a shard, what follows from the sums; it can be exchanged and settled by itself."""
+        return sharded.Update(self.optimizer, state.parameters, reduced.scale, self.rate(step))
+
+    def layout(self, state: TrainState) -> tuple[BucketLayout, ...]:
         """Of the gradients; the same in every step, as names and shapes are."""
         if self._gradient_layout is None:
             self._gradient_layout = gradient_layout(state.parameters, self.config.parallel.wire)
@@ -254,7 +274,7 @@ class Phases:
 
     def _layouts(self, state: TrainState, work: Work) -> tuple[tuple[BucketLayout, ...], tuple[BucketLayout, ...]]:
         """Buckets of the gradients and of the tally."""
-        return self._layout(state), make_layout(Tally.empty(len(work.microbatches)).part((0, 0)))
+        return self.layout(state), make_layout(Tally.empty(len(work.microbatches)).part((0, 0)))
 
     def _reduced(self, work: Work, gradients: Arrays, tally: Tally, sums: Sequence[mx.array]) -> Reduced:
         norm = global_norm(sums) / tally.total_tokens

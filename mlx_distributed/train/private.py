@@ -19,7 +19,7 @@ from mlx_distributed.comm.compress import Feedback
 from mlx_distributed.errors import CheckpointError
 from mlx_distributed.parallel.adamw import MOMENTS, STEP
 from mlx_distributed.parallel.shard import Shard
-from mlx_distributed.train import copies
+from mlx_distributed.train import copies, stage_files
 from mlx_distributed.train.agreement import broadcast_bytes
 from mlx_distributed.train.checkpoint import Checkpoint
 from mlx_distributed.train.checkpoint.segments import COPY, FEEDBACK, PENDING, segment_name
@@ -38,6 +38,9 @@ _SUMS, _THEN = f"{PENDING}sums/", f"{PENDING}computed-at/"
 
 def give(state: TrainState, layout: Sequence[BucketLayout], comm: Communicator) -> None:
     """Hand what only this rank has to rank 0, when that asks for it through `collect`."""
+    if state.num_stages > 1:
+        stage_files.give(state, comm)
+        return
     if _any_own(state, layout):
         comm.recv(0, _TAG, _PRIVATE)
         for array in _own(state, layout).values():
@@ -57,6 +60,8 @@ def collect(state: TrainState, layout: Sequence[BucketLayout], comm: Communicato
         names = [*segments, *_feedback_names(layout), *copy]
         return {name: comm.recv(rank, _TAG, _PRIVATE) for name in names}
 
+    if state.num_stages > 1:
+        return stage_files.collect(state, comm)
     first = _pending(state.pending) if state.pending is not None else {}
     if _any_own(state, layout):
         mine = lambda: first | _own(state, layout)  # noqa: E731  # made when it is asked for

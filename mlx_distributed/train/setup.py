@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.nn as nn
 
 from mlx_distributed.comm.base import Communicator
 from mlx_distributed.comm.buckets import Arrays, BucketLayout, backward_order, make_layout
 from mlx_distributed.config import Config
 from mlx_distributed.parallel.adamw import DistributedAdamW
-from mlx_distributed.parallel.shard import Shard
+from mlx_distributed.parallel.shard import Range, Shard
 from mlx_distributed.train import outer
 from mlx_distributed.train.state import Inner, TrainState
 
@@ -30,6 +32,11 @@ def exchange_layout(parameters: Arrays, config: Config) -> tuple[BucketLayout, .
     return gradient_layout(parameters, config.parallel.wire)
 
 
+def owned_slices(layout: Sequence[BucketLayout], comm: Communicator) -> tuple[Range, ...]:
+    """Of each bucket, what this rank of a group owns."""
+    return tuple(owned[comm.rank] for owned in comm.slices(layout))
+
+
 def init_state(model: nn.Module, config: Config, comm: Communicator) -> TrainState:
     """The state before the first step: of all moments, or of those that this rank of the group owns.
 
@@ -46,7 +53,7 @@ def init_state(model: nn.Module, config: Config, comm: Communicator) -> TrainSta
         return state
     if config.optimizer.shard:
         layout = gradient_layout(parameters, config.parallel.wire)
-        state.shard = Shard.of(layout, [owned[comm.rank] for owned in comm.slices(layout)])
+        state.shard = Shard.of(layout, owned_slices(layout, comm))
         parameters = state.shard.cut(parameters)
     state.optimizer = optimizer.init(parameters)
     return state

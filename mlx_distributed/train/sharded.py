@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 
 import mlx.core as mx
 
@@ -16,8 +15,8 @@ from mlx_distributed.comm.base import Communicator
 from mlx_distributed.comm.buckets import BLOCK, Arrays, BucketLayout, from_buckets
 from mlx_distributed.errors import CommError
 from mlx_distributed.parallel.adamw import MOMENTS, DistributedAdamW, decaying
+from mlx_distributed.parallel.shard import Part
 from mlx_distributed.train.loss import block_sums
-from mlx_distributed.train.state import TrainState
 
 
 def gather_block_sums(
@@ -46,63 +45,59 @@ def gather_block_sums(
     return ordered
 
 
-def commit(
-    state: TrainState,
-    optimizer: DistributedAdamW,
-    layout: Sequence[BucketLayout],
-    gradients: Arrays,
-    scale: mx.array,
-    learning_rate: float,
-    num_tokens: int,
-    comm: Communicator,
-) -> None:
-    """Take the step: update the segments that this rank owns, exchange them, and only then change the state.
+class Update:
+    """One update of sharded parameters.
 
     Args:
-        state: of a shard.
         optimizer: whose update it is.
-        layout: of the gradients; parameters travel exactly, whatever its wire format.
-        gradients: segments, emptied on the way.
+        parameters: whole, of before.
         scale: that every gradient is multiplied by.
         learning_rate: of this step.
-        num_tokens: label tokens of this step.
-        comm: over which the segments are exchanged.
-
-    Raises:
-        CommError: a peer was lost; the state is as before.
     """
-    assert state.shard is not None
-    own = partial(_updates, state, optimizer, scale, learning_rate)
-    updated: Arrays = {}
-    moments = dict(state.optimizer)
-    for group in own(dict(gradients), moments):
-        mx.eval(group)
-        updated |= group
-        for name in _moments_of(group):  # They are computed again below: old and new ones would take twice the memory.
-            del moments[name]
-    slices = state.shard.join(updated)
-    mx.eval(slices)
-    exact = [replace(bucket, wire="fp32") for bucket in layout]
-    buckets = comm.all_gather_slices(exact, slices, f"the parameters of step {state.step + 1}")
-    del slices
-    for group in own(gradients, state.optimizer):
-        mx.eval([state.optimizer[name] for name in _moments_of(group)])
-    mx.eval(state.optimizer)
-    state.take([from_buckets(layout, buckets)], num_tokens)
 
+    def __init__(self, optimizer: DistributedAdamW, parameters: Arrays, scale: mx.array, learning_rate: float) -> None:
+        self._optimizer, self._parameters = optimizer, parameters
+        self._scale, self._learning_rate = scale, learning_rate
 
-def _updates(
-    state: TrainState,
-    optimizer: DistributedAdamW,
-    scale: mx.array,
-    learning_rate: float,
-    gradients: Arrays,
-    moments: Arrays,
-) -> Iterator[Arrays]:
-    """The new segments of this rank, group by group, not yet evaluated."""
-    assert state.shard is not None
-    whole = state.parameters
-    return optimizer.update(state.shard.cut(whole), gradients, moments, scale, learning_rate, decaying(whole))
+    def exchange(
+        self, own: Part, gradients: Arrays, layout: Sequence[BucketLayout], what: str, comm: Communicator
+    ) -> Arrays:
+        """New parameters, whole: every rank updates the segments that it owns and gives them to all.
+
+        Args:
+            own: of this rank; its moments stay as they are.
+            gradients: of its segments, which stay too.
+            layout: of the gradients; parameters travel exactly, whatever its wire format.
+            what: names the parameters in errors.
+            comm: over which the segments are exchanged.
+
+        Raises:
+            CommError: a peer was lost.
+        """
+        updated: Arrays = {}
+        moments = dict(own.moments)
+        for group in self._groups(own, dict(gradients), moments):
+            mx.eval(group)
+            updated |= group
+            for name in _moments_of(group):  # `settle` computes them: old and new ones would take twice the memory.
+                del moments[name]
+        slices = own.shard.join(updated)
+        mx.eval(slices)
+        exact = [replace(bucket, wire="fp32") for bucket in layout]
+        return from_buckets(layout, comm.all_gather_slices(exact, slices, what))
+
+    def settle(self, part: Part, gradients: Arrays) -> None:
+        """Bring the moments of a part to where the update leads; `gradients` is emptied on the way."""
+        for group in self._groups(part, gradients, part.moments):
+            mx.eval([part.moments[name] for name in _moments_of(group)])
+        mx.eval(part.moments)
+
+    def _groups(self, part: Part, gradients: Arrays, moments: Arrays) -> Iterator[Arrays]:
+        """The new segments of a part, group by group, not yet evaluated."""
+        whole = self._parameters
+        return self._optimizer.update(
+            part.shard.cut(whole), gradients, moments, self._scale, self._learning_rate, decaying(whole)
+        )
 
 
 def _moments_of(names: Iterable[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -16,7 +16,7 @@ from mlx_distributed.comm.compress import Feedback
 from mlx_distributed.errors import CheckpointError
 from mlx_distributed.models import trainable
 from mlx_distributed.parallel.adamw import STEP, DistributedAdamW, decaying
-from mlx_distributed.parallel.shard import Shard
+from mlx_distributed.parallel.shard import Part, Shard
 from mlx_distributed.train.pending import Pending
 
 
@@ -59,6 +59,10 @@ class TrainState:
     inner: Inner | None = None
     """What this rank trains by itself; the parameters here are then those that all agree on, and the optimizer's state
     is that of the outer one, `outer.init_momentum`."""
+    num_stages: int = 1
+    """Workers that have one copy of the model between them; parameters and moments are of this one's part alone."""
+    mirrors: list[Part] = field(default_factory=list)
+    """Moments that this rank keeps for when their owner is lost (`mirrors`)."""
 
     @property
     def parameters(self) -> Arrays:
@@ -69,6 +73,22 @@ class TrainState:
     def shared(self) -> Arrays:
         """Of the optimizer's state what is the same on every rank."""
         return self.optimizer if self.shard is None else {STEP: self.optimizer[STEP]}
+
+    @property
+    def moments(self) -> Arrays:
+        """The optimizer's state but for the number of updates."""
+        return {name: array for name, array in self.optimizer.items() if name != STEP}
+
+    @property
+    def parts(self) -> list[Part]:
+        """Of a shard, all moments that this rank has: its own, then the mirrors."""
+        assert self.shard is not None
+        return [Part(self.shard, self.optimizer), *self.mirrors]
+
+    def hold(self, parts: Sequence[Part]) -> None:
+        """Replace all moments of a shard; the first are this rank's own."""
+        own, *self.mirrors = parts
+        self.shard, self.optimizer = own.shard, own.moments
 
     def digest(self) -> dict[str, str]:
         """SHA-256 of `params` and of `optimizer`, as far as they are the same on every rank."""

@@ -29,3 +29,5 @@ class StepInfo:
     """Some rank wants to stop after this step."""
     skipped: str | None = None
     """Why the step left the parameters as they were."""
+    num_steps: int = 1
+    """Steps that this is said of, the last of which is `step`."""

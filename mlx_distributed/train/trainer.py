@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 from mlx_distributed.comm.base import Communicator, Parts
-from mlx_distributed.config import Config
-from mlx_distributed.data.plan import Plan
-from mlx_distributed.data.tokenize import Row
 from mlx_distributed.errors import TrainingError
 from mlx_distributed.parallel.mesh import Mesh
 from mlx_distributed.train import delayed, diloco
@@ -25,18 +22,13 @@ class Trainer:
     """Runs steps on a state.
 
     Args:
-        config: of the run.
-        plan: the micro-batches of every step.
-        rows: training rows that the plan points to.
-        stop_requested: asked once per step; when any rank says yes, all stop after the same step.
+        phases: of the steps.
     """
 
-    def __init__(
-        self, config: Config, plan: Plan, rows: Sequence[Row], stop_requested: Callable[[], bool] = lambda: False
-    ) -> None:
-        self.phases = Phases(config, plan, rows, stop_requested)
+    def __init__(self, phases: Phases) -> None:
+        self.phases = phases
         self._steps = {"step": self._synchronous, "delayed": delayed.steps, "diloco": diloco.steps}[
-            config.parallel.sync
+            phases.config.parallel.sync
         ]
 
     def steps(self, state: TrainState, mesh: Mesh) -> Iterator[StepInfo]:
@@ -51,11 +43,7 @@ class Trainer:
         """
         for info in self._steps(self.phases, state, mesh.dp):
             yield info
-            if info.skipped and state.num_skipped >= MAX_SKIPPED:
-                raise TrainingError(
-                    f"{info.skipped}. That was the {MAX_SKIPPED}rd step in a row: training stops here; "
-                    "a lower optimizer.learning_rate or a look at the data of these steps may help"
-                )
+            check_progress(state, info)
             if info.stop_requested:
                 return
 
@@ -82,6 +70,15 @@ class Trainer:
     def _synchronous(self, phases: Phases, state: TrainState, comm: Communicator) -> Iterator[StepInfo]:
         while state.step < phases.plan.num_steps:
             yield self.train_step(state, Mesh(comm))
+
+
+def check_progress(state: TrainState, info: StepInfo) -> None:
+    """Raise TrainingError where the last `MAX_SKIPPED` steps were all skipped."""
+    if info.skipped and state.num_skipped >= MAX_SKIPPED:
+        raise TrainingError(
+            f"{info.skipped}. That was the {MAX_SKIPPED}rd step in a row: training stops here; "
+            "a lower optimizer.learning_rate or a look at the data of these steps may help"
+        )
 
 
 class _Stopwatch:

@@ -77,6 +77,8 @@ def test_kill_of_workers(config: Path, undisturbed: Path, tmp_path: Path, ranks:
     assert done.status == 0, done
     for name in lost:
         assert f"error: worker {name} was ended by SIGKILL; the others go on\n" in done.stderr, done
+    assert f"step {NUM_STEPS}/{NUM_STEPS}  loss" in done.stdout, done
+    assert "the model is in" in done.stdout, done
     assert_undisturbed(out, undisturbed)
 
 
@@ -185,3 +187,41 @@ def test_stopped_killed_and_resumed(config: Path, undisturbed: Path, tmp_path: P
     assert (done.status, done.stderr) == (0, "")
     assert digest(out) == digest(undisturbed)
     assert metrics(out) == metrics(undisturbed)
+
+
+def test_a_sharded_optimizer_outlives_workers_one_after_the_other(
+    config: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out, shard = tmp_path / "out", "optimizer.shard=true"
+    with elastic(config, out, 4, shard) as run:
+        run.read_until("step 2/")
+        workers = run.workers
+        for rank in (2, 0):
+            lost = send(signal.SIGKILL, rank, out, workers)
+            run.wait_until(lambda lost=lost: lost not in epochs(out)[-1])
+            num_taken = len(commits(out))
+            run.wait_until(lambda num_taken=num_taken: len(commits(out)) > num_taken)
+        run.interrupt()
+        assert run.wait().status == 130
+    done = train(config, "--resume", "--output-dir", out, *ELASTIC, "3", shard)
+    assert (done.status, done.stderr) == (0, "")
+    assert digest(out) == digest(undisturbed)
+    assert metrics(out) == metrics(undisturbed)
+
+
+def test_workers_that_agree_now_and_then(config: Path, tmp_path: Path) -> None:
+    out, loose = tmp_path / "out", ["parallel.sync=diloco", "parallel.diloco.sync_every=2"]
+    loose += ["parallel.diloco.fragments=1", "eval.steps=null"]
+    with elastic(config, out, 3, *loose) as run:
+        run.read_until("step 2/")
+        lost = send(signal.SIGKILL, 0, out, run.workers)
+        run.wait_until(lambda: lost not in epochs(out)[-1])
+        num_taken = len(commits(out))
+        run.wait_until(lambda: len(commits(out)) > num_taken)
+        run.interrupt()
+        assert run.wait().status == 130
+    done = train(config, "--resume", "--output-dir", out, *ELASTIC, "2", *loose)
+    assert (done.status, done.stderr) == (0, "")
+    rounds = [*range(2, NUM_STEPS, 2), NUM_STEPS]
+    assert commits(out) == list(range(1, len(rounds) + 1))
+    assert steps(out) == rounds

@@ -1,4 +1,4 @@
-"""How many workers there are, what each does and keeps, and gradient checkpointing change no bit of the result."""
+"""How many workers there are, what each has, does and keeps, and gradient checkpointing change no bit of the result."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ VARIANTS = {
     "gradient checkpointing": ["train.gradient_checkpointing=true"],
 }
 
+STAGES = {
+    "2 stages": ["--nproc", "2", "parallel.pipeline.num_stages=2"],
+    "2 copies of 2 stages": ["--nproc", "4", "parallel.pipeline.num_stages=2", "parallel.pipeline.schedule=zb-h1"],
+}
+"""Where the embedding is not trained by two of them, which adds its gradient up in another order."""
+
 
 @pytest.mark.parametrize("model", ["tied", "untied"])
 @pytest.mark.parametrize("method", [["method=lora", "lora.dropout=0.1"], ["method=full"]], ids=["lora", "full"])
@@ -24,8 +30,9 @@ def test_every_way_to_compute_gives_the_same_model(config: Path, tmp_path: Path,
     # Five steps, the fourth of which is the rest of an epoch.
     same = [*method, f"model.path={config.parent / model}", "train.max_steps=5", "eval.steps=2"]
     alone = tmp_path / "alone"
-    train_all(config, {alone: same} | {tmp_path / name: same + variant for name, variant in VARIANTS.items()})
+    variants = VARIANTS | ({} if (method[0], model) == ("method=full", "tied") else STAGES)
+    train_all(config, {alone: same} | {tmp_path / name: same + variant for name, variant in variants.items()})
     assert len(metrics(alone)) == 5 + 3
-    for name in VARIANTS:
+    for name in variants:
         assert digest(tmp_path / name) == digest(alone), name
         assert metrics(tmp_path / name) == metrics(alone), name

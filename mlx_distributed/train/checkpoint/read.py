@@ -18,7 +18,15 @@ from mlx_distributed.comm.buckets import Arrays
 from mlx_distributed.errors import CheckpointError
 from mlx_distributed.parallel.adamw import MOMENTS
 from mlx_distributed.train.checkpoint.manifest import FILES, CheckpointMeta, Manifest
-from mlx_distributed.train.checkpoint.segments import COPY, FEEDBACK, PENDING, SEGMENT, merge
+from mlx_distributed.train.checkpoint.segments import (
+    COPY,
+    FEEDBACK,
+    PENDING,
+    SEGMENT,
+    STAGE_OPTIMIZER,
+    STAGE_PARAMETERS,
+    merge,
+)
 
 MANIFEST = "manifest.json"
 EVAL_LOSS = "eval/loss"
@@ -68,12 +76,18 @@ class Checkpoint:
 
     def parameters(self) -> Arrays:
         """The parameters, evaluated; see `load` for errors."""
-        return self._read(self._open(FILES[0]))
+        return dict(self.each_parameter())
+
+    def each_parameter(self) -> Iterator[tuple[str, mx.array]]:
+        """The parameters in the order of their names, one at a time and evaluated; see `load` for errors."""
+        arrays = self._with_stages(FILES[0], STAGE_PARAMETERS)
+        for name in sorted(arrays):
+            yield name, self._read({name: arrays.pop(name)})[name]
 
     def optimizer(self) -> Iterator[tuple[str, mx.array]]:
         """The arrays of the optimizer's state in the order of their names, one at a time, whole and evaluated, whether
         they were saved whole or as segments; see `load` for errors."""
-        arrays = self._open(FILES[1])
+        arrays = self._with_stages(FILES[1], STAGE_OPTIMIZER)
         segments = self._of_ranks(SEGMENT)
         if any(segments):
             shapes = {name: tuple(array.shape) for name, array in self._open(FILES[0]).items()}
@@ -100,6 +114,13 @@ class Checkpoint:
         found = self._of_ranks(prefix)
         return [partial(self._load_of_rank, rank, prefix) for rank, arrays in enumerate(found) if arrays]
 
+    def _with_stages(self, name: str, prefix: str) -> Arrays:
+        """What is in a file that all share, and what the stages of a pipeline have beside it; not yet evaluated."""
+        arrays = self._open(name)
+        for stage in self._of_ranks(prefix):
+            arrays |= _without(prefix, stage)
+        return arrays
+
     def _load_of_rank(self, rank: int, prefix: str) -> Arrays:
         return self._read(self._of_ranks(prefix)[rank])
 
@@ -107,7 +128,7 @@ class Checkpoint:
         """What the file of each rank has whose name begins so, not yet evaluated."""
         files = [self._open(name) for name in self.manifest.of_ranks]
         for name in chain.from_iterable(files):
-            if not name.startswith((FEEDBACK, SEGMENT, COPY, PENDING)):
+            if not name.startswith((FEEDBACK, SEGMENT, COPY, PENDING, STAGE_PARAMETERS, STAGE_OPTIMIZER)):
                 raise CheckpointError(f"{self.folder} is corrupted: no rank can have {name!r}")
         return [{name: array for name, array in arrays.items() if name.startswith(prefix)} for arrays in files]
 

@@ -17,6 +17,8 @@ COPY = "copy/"
 """Before the name of anything that belongs to a worker's own copy of what is trained."""
 PENDING = "pending/"
 """Before the name of anything that was summed and not applied yet; in the file of rank 0 alone."""
+STAGE_PARAMETERS, STAGE_OPTIMIZER = "stage-parameters/", "stage-optimizer/"
+"""Before the name of what is on one worker of a pipeline."""
 SEGMENT = "moments/"
 """Before the name of a moment and where in the flat array the segment begins, as in `moments/head.weight.m@16384`."""
 

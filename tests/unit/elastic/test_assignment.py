@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_distributed.comm.tree_sum import Node, TreeSum, cover
-from mlx_distributed.elastic.assignment import MAX_SLOWDOWN, Share, assign
+from mlx_distributed.elastic.assignment import MAX_SLOWDOWN, Share, assign, undivided
 
 WEIGHTS = st.lists(st.floats(0.1, 10.0), min_size=1, max_size=5)
 
@@ -87,3 +87,19 @@ def test_every_micro_batch_is_in_the_sum_once_whoever_holds_what(
     assert total.total == num_leaves
     slowest_s = max(len(leaves(share.compute)) / weight for share, weight in zip(shares, weights, strict=True))
     assert slowest_s <= fastest_s(num_missing, weights) * (1 + MAX_SLOWDOWN) + 1e-6
+
+
+@given(num_leaves=st.integers(1, 24), size=st.integers(1, 4), seed=st.integers(0, 2**32 - 1))
+def test_who_cannot_put_in_a_half_puts_in_all_or_nothing(num_leaves: int, size: int, seed: int) -> None:
+    rng = random.Random(seed)
+    edges = [sorted(rng.choices(range(num_leaves + 1), k=2)) for _ in range(size)]
+    held = [tuple(cover(lo, hi, num_leaves)) for lo, hi in edges]
+    kept = undivided(held)
+    assert all(mine in (nodes, ()) for mine, nodes in zip(kept, held, strict=True))
+    shares = assign(num_leaves, kept, [1.0] * size)
+    assert [share.keep for share in shares] == kept
+    put_in = [leaf for mine in kept for leaf in leaves(mine)]
+    assert len(put_in) == len(set(put_in))
+    for mine, nodes in zip(kept, held, strict=True):
+        assert mine or not nodes or set(leaves(nodes)) & set(put_in)
+    assert max(map(len, map(leaves, kept))) == max(map(len, map(leaves, held)))

@@ -55,6 +55,28 @@ def test_resuming_without_a_file_starts_one(tmp_path: Path) -> None:
     assert (tmp_path / "m.jsonl").read_text() == '{"step": 8}\n'
 
 
+def test_what_is_told_again_stands_there_once(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    tracker = JsonlTracker(path)
+    rows = [(1, {"train/loss": 2.0}), (1, {"eval/loss": 2.5}), (2, {"train/loss": 1.0}), (2, {"eval/loss": 1.5})]
+    for step, metrics in rows[:3]:
+        tracker.log(metrics, step)
+    tracker.rewind(1)
+    for step, metrics in rows[2:]:
+        tracker.log(metrics, step)
+    tracker.finish(0)
+    write(tmp_path / "undisturbed", [*rows])
+    assert path.read_text() == (tmp_path / "undisturbed").read_text()
+
+
+@pytest.mark.parametrize(("known", "kept"), [((), 1), (("eval/loss",), 2), (None, 2)])
+def test_evaluations_that_are_known_are_kept(tmp_path: Path, known: tuple[str, ...] | None, kept: int) -> None:
+    path = tmp_path / "m.jsonl"
+    write(path, [(1, {"train/loss": 2.0}), (1, {"eval/loss": 2.5}), (2, {"train/loss": 1.0})])
+    JsonlTracker(path, 1, known).finish(0)
+    assert path.read_text().count("\n") == kept
+
+
 @pytest.mark.parametrize("damage", ["not json\n", "[1]\n", "{}\n", '{"step": null}\n', '{"step": 1', '{"step": 1}'])
 def test_damaged_lines_are_dropped_and_whole_ones_kept(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "m.jsonl"

@@ -23,6 +23,9 @@ class Notes:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self.calls.append((self.name, "log", dict(metrics), step))
 
+    def rewind(self, step: int) -> None:
+        self.calls.append((self.name, "rewind", step))
+
     def message(self, text: str) -> None:
         self.calls.append((self.name, "message", text))
 
@@ -39,6 +42,7 @@ def test_everything_goes_to_all_in_order() -> None:
     calls: list[tuple[object, ...]] = []
     both: Tracker = Trackers([Notes("a", calls), Notes("b", calls)])
     both.log({"train/loss": 1.0}, 1)
+    both.rewind(0)
     both.message("hello")
     both.checkpoint(Path("c"), 1, ["latest"])
     both.finish(0)
@@ -46,6 +50,8 @@ def test_everything_goes_to_all_in_order() -> None:
     assert calls == [
         ("a", "log", {"train/loss": 1.0}, 1),
         ("b", "log", {"train/loss": 1.0}, 1),
+        ("a", "rewind", 0),
+        ("b", "rewind", 0),
         ("a", "message", "hello"),
         ("b", "message", "hello"),
         ("a", "checkpoint", Path("c"), 1, ("latest",)),

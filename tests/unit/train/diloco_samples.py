@@ -23,6 +23,7 @@ from mlx_distributed.parallel.mesh import Mesh
 from mlx_distributed.train.diloco import MIX, parts_of
 from mlx_distributed.train.loss import summed_loss
 from mlx_distributed.train.outer import make_fragments, names_of
+from mlx_distributed.train.phases import Phases
 from mlx_distributed.train.schedule import learning_rate
 from mlx_distributed.train.setup import init_state
 from mlx_distributed.train.state import TrainState
@@ -56,7 +57,7 @@ def inner_of(state: TrainState) -> TrainState:
 
 def make_trainer(config: Config, stop_requested: Callable[[], bool] = lambda: False) -> Trainer:
     rows = make_rows()
-    return Trainer(config, make_plan(rows, config, NUM_STEPS), rows, stop_requested)
+    return Trainer(Phases(config, make_plan(rows, config, NUM_STEPS), rows, stop_requested))
 
 
 def timeless(info: StepInfo) -> StepInfo:

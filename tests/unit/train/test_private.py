@@ -146,6 +146,8 @@ def test_who_is_left_alone_with_a_shard_says_where_to_go_on(tmp_path: Path, save
             save(state)
             save.alone(state)  # there is nothing new to lose
         state.step = 5
+        assert state.shard is not None
+        state.shard = replace(state.shard, slices=((0, 1),))
         save.alone(state)
     (line,) = (line for line in (tmp_path / "log").read_text().splitlines() if "step 5" in line)
     named = "step-00000004" if saved else "there is none yet"

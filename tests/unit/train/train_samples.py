@@ -15,6 +15,7 @@ from mlx_distributed.config import Config, OptimizerConfig, SchedulerConfig, Tra
 from mlx_distributed.data.plan import Plan
 from mlx_distributed.data.tokenize import Row
 from mlx_distributed.testing import run_ranks
+from mlx_distributed.train.phases import Phases
 from mlx_distributed.train.setup import make_optimizer
 from mlx_distributed.train.state import TrainState
 from mlx_distributed.train.trainer import Trainer
@@ -78,7 +79,7 @@ def make_plan(rows: list[Row], config: Config = CONFIG, num_steps: int = NUM_STE
 
 def make_trainer(config: Config = CONFIG, stop_requested: Callable[[], bool] = lambda: False) -> Trainer:
     rows = make_rows()
-    return Trainer(config, make_plan(rows, config), rows, stop_requested)
+    return Trainer(Phases(config, make_plan(rows, config), rows, stop_requested))
 
 
 def make_state(config: Config = CONFIG, dropout: float = 0.0, seed: int = 0) -> TrainState:

@@ -1,0 +1,205 @@
+"""Pipeline stages: a run of the layers of a model, with the embedding if it is the first and the head if the last.
+
+A stage is the model itself, as its own class runs it, but for the modules that other stages hold: those have no
+weights, keep everything else that the class reads of them (such as whether a layer has a sliding window), and pass the
+hidden state by. So a stage computes what the whole model computes there, to the bit, and names are those of the whole.
+
+Shapes: B rows, L tokens, D width of the hidden state, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_distributed.errors import ConfigError
+from mlx_distributed.models.outline import Outline, describe, refusal
+from mlx_distributed.models.prepare import Absent
+from mlx_distributed.models.random_state import skip_draws
+
+
+@dataclass(frozen=True)
+class Span:
+    """Layers [start, stop) of a model of `num_layers`."""
+
+    start: int
+    stop: int
+    num_layers: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether token ids go in."""
+        return self.start == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether logits come out."""
+        return self.stop == self.num_layers
+
+
+class Stage(nn.Module):
+    """Mixed into the class of a model by `cut`; everything else of the class stays as it is."""
+
+    span: Span
+    _passage: _Passage
+
+    def __call__(self, inputs: mx.array) -> mx.array:
+        """Token ids [B, L] or hidden state [B, L, D] -> hidden state or logits [B, L, V].
+
+        Dropout draws what it draws in the whole model, if `mx.random` is seeded before the call as it is before a call
+        of the whole; so a stage that is computed again for its backward pass must be seeded again.
+        """
+        if self.span.is_first:
+            return self._run(inputs)
+        if self.training:
+            skip_draws(self._passage.draws_before)
+        # Another object for the same array: a layer may add to its input in place.
+        self._passage.incoming = inputs.reshape(inputs.shape)
+        try:
+            return self._run(mx.zeros(inputs.shape[:2], mx.int32))
+        finally:
+            self._passage.incoming = None
+
+    def _run(self, tokens: mx.array) -> mx.array:
+        try:
+            return super().__call__(tokens)
+        except _Handover as handover:
+            return handover.hidden
+
+
+def cut(model: nn.Module, start: int, stop: int) -> Stage:
+    """Turn a model into its stage of layers [start, stop): the same object, with nothing left of other stages.
+
+    To be done last, with a model that was loaded and prepared lazily: only then are the weights of the stage read or
+    drawn, layer by layer, and those of other stages never. With tied embeddings the first and the last stage hold the
+    matrix, under its one name.
+
+    Raises:
+        ConfigError: there are no such layers, the model cannot be cut, or its weights cannot be read.
+    """
+    outline = describe(model)
+    if not 0 <= start < stop <= outline.num_layers:
+        raise ConfigError(
+            f"a stage of layers {start} to {stop} (exclusive) does not fit the {outline.num_layers} layers of the model"
+        )
+    span, modules = Span(start, stop, outline.num_layers), dict(model.named_modules())
+    stage = _remove(model, modules, outline, span)
+    try:
+        stage(_example(outline, span))  # Lazy: it costs nothing and shows whether everything that is read is there.
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise refusal(model, f"what layers {start} to {stop} need of it is not found ({error})") from error
+    held = [modules[name] for name in (*outline.embedding, *outline.norm_and_head)]
+    try:
+        for module in [*held, *(modules[f"{outline.layers}.{number}"] for number in range(start, stop))]:
+            mx.eval(module.state)
+        mx.eval(stage.state)
+    except RuntimeError as error:
+        raise ConfigError(f"the weights of layers {start} to {stop} (exclusive) cannot be read: {error}") from error
+    return stage
+
+
+def _remove(model: nn.Module, modules: dict[str, nn.Module], outline: Outline, span: Span) -> Stage:
+    """Take away what other stages hold."""
+    passage = _Passage(outline.draws[span.start])
+    for number in range(outline.num_layers):
+        if not span.start <= number < span.stop:
+            _replace(modules[f"{outline.layers}.{number}"], _before if number < span.start else _after, passage)
+    if not span.is_first and not (span.is_last and outline.tied):
+        for name in outline.embedding:
+            _replace(modules[name], _embedding, passage)
+    if not span.is_last:
+        for name in outline.norm_and_head:
+            _strip(modules[name])
+    stage: Any = model
+    stage.__class__ = _staged(type(model))
+    stage.span, stage._passage = span, passage
+    return stage
+
+
+def _replace(module: Any, class_of: Any, passage: _Passage) -> None:
+    _strip(module)
+    module.__class__ = class_of(type(module))
+    module.passage = passage
+
+
+def _strip(tree: Any) -> None:
+    """Remove all arrays below, those that are no parameters too; lists and modules stay."""
+    keys: Iterable[Any] = list(tree) if isinstance(tree, dict) else range(len(tree))
+    for key in keys:
+        if isinstance(tree[key], dict | list):
+            _strip(tree[key])
+        elif isinstance(tree[key], mx.array):
+            if isinstance(tree, dict):
+                del tree[key]
+            else:
+                tree[key] = None
+
+
+def _example(outline: Outline, span: Span) -> mx.array:
+    if span.is_first:
+        return mx.zeros((1, 1), mx.int32)
+    return mx.zeros((1, 1, outline.width), outline.dtypes[span.start])
+
+
+@dataclass
+class _Passage:
+    """What the modules of a stage share."""
+
+    draws_before: int
+    """Draws of random numbers before its first layer."""
+    incoming: mx.array | None = None
+    """During a call, what the stage before has handed over."""
+
+
+class _Handover(Exception):
+    """Ends the run of the model where the stage ends."""
+
+    def __init__(self, hidden: mx.array) -> None:
+        super().__init__("another stage goes on from here")
+        self.hidden = hidden
+
+
+class _Embedding:
+    """In place of an embedding that is not needed: zeros of the right shape, as layers before the stage ignore them."""
+
+    def __call__(self: Any, *_: Any, **__: Any) -> mx.array:
+        return mx.zeros_like(self.passage.incoming)
+
+
+class _Before(Absent):
+    """In place of a layer of an earlier stage: the hidden state that enters this one."""
+
+    def __call__(self: Any, *_: Any, **__: Any) -> mx.array:
+        return self.passage.incoming
+
+
+class _After(Absent):
+    """In place of a layer of a later stage."""
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> mx.array:
+        raise _Handover(next(iter((*args, *kwargs.values()))))
+
+
+@cache
+def _embedding(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(cls.__name__, (_Embedding, cls), {})
+
+
+@cache
+def _before(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(cls.__name__, (_Before, cls), {})
+
+
+@cache
+def _after(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(cls.__name__, (_After, cls), {})
+
+
+@cache
+def _staged(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(cls.__name__, (Stage, cls), {})
