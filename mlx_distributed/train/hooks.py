@@ -86,12 +86,12 @@ class Save:
     def _save(self, state: TrainState, comm: Communicator) -> None:
         if not state.step or self._saved == (state.step, state.metrics):
             return
-        if state.shard is not None and state.shard.slices != owned_slices(self._layout, comm):
+        if missing := self._missing(state, comm):
             if self._saved[0] != state.step:
                 last = self._checkpointer.find("auto")
                 name = last.folder.name if last else "there is none yet"
                 self._tracker.message(
-                    f"step {state.step} cannot be saved, as every worker had a part of the moments (optimizer.shard): "
+                    f"step {state.step} cannot be saved, as every worker had a part of {missing}: "
                     f"--resume goes on from the last whole checkpoint ({name})"
                 )
             return
@@ -106,6 +106,15 @@ class Save:
             give(state, self._layout, comm)
         self._best_loss = min(self._best_loss, state.metrics.get(EVAL_LOSS, math.inf))
         self._saved = (state.step, state.metrics)
+
+
+    def _missing(self, state: TrainState, comm: Communicator) -> str | None:
+        """Of what there is only a part in this group."""
+        if state.num_stages > comm.size:
+            return "the layers (parallel.pipeline)"
+        if state.shard is not None and state.shard.slices != owned_slices(self._layout, comm):
+            return "the moments (optimizer.shard)"
+        return None
 
 
 class Evaluate:
