@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,11 @@ from typing import Any
 import yaml
 
 from mlx_distributed.cli import distributed
+from mlx_distributed.cli.load import load_all
 from mlx_distributed.cli.local import OPENBLAS_HINT
 from mlx_distributed.cli.output_dir import JOURNAL
+from mlx_distributed.comm.base import LocalComm
+from mlx_distributed.config import load_config
 from mlx_distributed.elastic.journal import parse
 from mlx_distributed.elastic.protocol import CommitRecord, EpochRecord, Record
 from mlx_distributed.testing import tiny_model
@@ -116,6 +120,10 @@ class Run:
         """Wait for something that may last less than a millisecond."""
         while not condition():
             assert self._process.poll() is None, self.wait()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     @property
     def workers(self) -> list[int]:
@@ -235,10 +243,12 @@ class Command(Run):
     Args:
         program: a console script.
         arguments: of the command line.
+        namespace: of the network that it runs in; None means that of the tests.
     """
 
-    def __init__(self, program: str, *arguments: str | Path) -> None:
-        command = [MLX_TRAIN.with_name(program), *arguments]
+    def __init__(self, program: str, *arguments: str | Path, namespace: str | None = None) -> None:
+        inside = [] if namespace is None else ["ip", "netns", "exec", namespace]
+        command = [*inside, MLX_TRAIN.with_name(program), *arguments]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self._stdout = ""
 
@@ -269,3 +279,33 @@ def epochs(output_dir: Path) -> list[list[str]]:
 def commits(output_dir: Path) -> list[int]:
     """Steps of an elastic run that are taken, in the order in which they were."""
     return [record.outcome.step for record in journal(output_dir) if isinstance(record, CommitRecord)]
+
+
+def assert_exactly_once(coordinated: Path, trained: Sequence[Path]) -> None:
+    """Of an elastic run that sums in every step, from its logs alone: in each pass over the data every row was trained
+    once, in the last pass at most once.
+
+    The journal has the steps that were taken, and the plan, a pure function of the data and the configuration, their
+    rows. That the sum of a step was over these rows says the number of label tokens in it, in metrics.jsonl.
+
+    Args:
+        coordinated: output of the coordinator; all sources of the data have weight 1.
+        trained: of those that were rank 0 one after the other.
+    """
+    loaded = load_all(load_config(coordinated / "config.yaml"), LocalComm())
+    plan, rows = loaded.plan, loaded.rows.train
+    of_step = {
+        step: [row for microbatch in plan.microbatches(step - 1) for row in microbatch] for step in commits(coordinated)
+    }
+    passes = [Counter[int]() for _ in range(0, plan.num_steps, plan.steps_per_epoch)]
+    for step in commits(coordinated):
+        passes[(step - 1) // plan.steps_per_epoch].update(of_step[step])
+    if plan.num_steps % plan.steps_per_epoch:
+        assert set(passes.pop().values()) == {1}
+    for times in passes:
+        assert times == Counter(range(len(rows)))
+    told = [line for folder in trained for line in metrics(folder) if "train/loss" in line]
+    assert {int(line["step"]) for line in told} == of_step.keys()
+    for line in told:
+        num_tokens = sum(int(rows[row].loss_mask[1:].sum()) for row in of_step[int(line["step"])])
+        assert line["train/num_tokens"] == num_tokens, line

@@ -13,6 +13,7 @@ from mlx_distributed.cli.errors import INTERRUPTED
 from mlx_distributed.cli.interrupt import Interrupt
 from mlx_distributed.cli.load import load_all
 from mlx_distributed.cli.output_dir import accept_config
+from mlx_distributed.cli.stages import named
 from mlx_distributed.comm.base import Communicator
 from mlx_distributed.config import Config
 from mlx_distributed.errors import CommError, ConfigError
@@ -197,11 +198,11 @@ class _Run:
                 stopped = info.stop_requested
             if not stopped and not self.state.metrics:
                 self.beside.evaluate(self.state)
-        except CommError:
+        except CommError as error:
             self.job.on_loss()
             if self.comm.rank == 0:
                 self.beside.save.alone(self.state)  # The state is that of the last commit, and whole.
-            raise
+            raise named(error, self.comm, self.mesh) from None
         self.beside.save(self.state)
         return stopped
 

@@ -16,6 +16,7 @@ from mlx_distributed.config import Config
 from mlx_distributed.config.schema import PipelineConfig
 from mlx_distributed.data.plan import Plan
 from mlx_distributed.data.tokenize import Row
+from mlx_distributed.errors import CommError
 from mlx_distributed.models import trainable
 from mlx_distributed.models.costs import Cost, costs
 from mlx_distributed.models.outline import Outline, describe
@@ -31,6 +32,8 @@ from mlx_distributed.train.setup import gradient_layout
 from mlx_distributed.train.staged import Chunks, StagePhases
 
 _UNLIMITED = 1 << 62
+_ALIKE, _ALONG = 1, 2
+"""Generations of the groups of the two axes, by which their errors are told apart."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,22 @@ def make_mesh(config: Config, comm: Communicator, secret: str) -> Mesh:
     if num_stages == 1:
         return Mesh(dp=comm)
     stage, copy = comm.rank % num_stages, comm.rank // num_stages
+    alike, along = range(stage, comm.size, num_stages), range(copy * num_stages, (copy + 1) * num_stages)
     timeout_s = config.parallel.timeout_s
-    alike = join_part(comm, range(stage, comm.size, num_stages), f"{secret}/stage-{stage}", timeout_s)
-    along = range(copy * num_stages, (copy + 1) * num_stages)
-    return Mesh(dp=alike, pp=join_part(comm, along, f"{secret}/copy-{copy}", timeout_s))
+    dp = join_part(comm, alike, f"{secret}/stage-{stage}", timeout_s, _ALIKE)
+    return Mesh(dp, join_part(comm, along, f"{secret}/copy-{copy}", timeout_s, _ALONG))
+
+
+def named(error: CommError, comm: Communicator, mesh: Mesh) -> CommError:
+    """An error of one of the axes, with the rank that is lost as it counts among all workers, and its stage."""
+    if error.peer is None or error.generation not in (_ALIKE, _ALONG):
+        return error
+    num_stages = mesh.pp.size
+    rank = comm.rank // num_stages * num_stages + error.peer
+    if error.generation == _ALIKE:
+        rank = error.peer * num_stages + comm.rank % num_stages
+    reason = f"stage {rank % num_stages} of the pipeline: {error.reason}"
+    return CommError(error.op, rank, 0, error.elapsed_s, reason)
 
 
 def make_schedule(settings: PipelineConfig, num_workers: int, num_microbatches: int) -> Schedule:

@@ -24,6 +24,7 @@ def join_group(
     exchange: Callable[[str], Sequence[str]],
     bandwidths: Sequence[float] | None = None,
     identity: Identity | None = None,
+    generation: int = 0,
 ) -> Communicator:
     """Join the group of a run.
 
@@ -36,6 +37,7 @@ def join_group(
         exchange: told the address that this rank listens on, gives those of all ranks.
         bandwidths: of each rank's link, in any unit; None means that they are alike.
         identity: of the run, for TLS; None for ranks on one machine.
+        generation: of the group; stands in its errors.
 
     Raises:
         CommError: the address is in use, or a peer did not come or was refused.
@@ -43,7 +45,7 @@ def join_group(
     if size == 1:
         exchange("")
         return LocalComm()
-    comm = GrpcComm(rank, size, run_id, timeout_s=timeout_s, listen=listen, bandwidths=bandwidths, identity=identity)
+    comm = GrpcComm(rank, size, run_id, generation, timeout_s, listen=listen, bandwidths=bandwidths, identity=identity)
     try:
         comm.connect(exchange(comm.address))
     except BaseException as error:
@@ -52,13 +54,13 @@ def join_group(
     return comm
 
 
-def join_part(comm: Communicator, ranks: Sequence[int], run_id: str, timeout_s: float) -> Communicator:
+def join_part(comm: Communicator, ranks: Sequence[int], run_id: str, timeout_s: float, generation: int) -> Communicator:
     """Join a group of some of the ranks of another group; called on all ranks of that, each with its own part.
 
     Args:
         comm: whose ranks they are, all on one machine.
         ranks: of the part, in the order of their ranks in it; this rank is among them.
-        run_id, timeout_s: as for `join_group`.
+        run_id, timeout_s, generation: as for `join_group`.
 
     Raises:
         CommError: a peer did not come, or was refused.
@@ -70,4 +72,5 @@ def join_part(comm: Communicator, ranks: Sequence[int], run_id: str, timeout_s: 
         addresses = [np.asarray(array).tobytes().decode() for array in gathered]
         return [addresses[rank] for rank in ranks]
 
-    return join_group(ranks.index(comm.rank), len(ranks), run_id, timeout_s, "127.0.0.1:0", exchange)
+    listen = "127.0.0.1:0"
+    return join_group(ranks.index(comm.rank), len(ranks), run_id, timeout_s, listen, exchange, generation=generation)

@@ -41,6 +41,8 @@ from mlx_distributed.elastic.protocol import (
     Disconnected,
     End,
     Ended,
+    Epoch,
+    EpochRecord,
     Event,
     Evicted,
     Leave,
@@ -55,7 +57,7 @@ from mlx_distributed.elastic.protocol import (
     WorkerId,
 )
 from mlx_distributed.elastic.replay import started
-from mlx_distributed.elastic.state import Rules, State
+from mlx_distributed.elastic.state import Rules, State, listed
 from mlx_distributed.elastic.transition import transition
 from mlx_distributed.errors import ConfigError, TrainingError
 
@@ -113,6 +115,8 @@ class Coordinator:
         self.state, self._first = started(rules, journal.records, clock())
         self._journal, self._token, self._tell, self._identity = journal, token, tell, identity
         self._description = description
+        self._members: list[str] = []
+        """Of the last epoch."""
         self._streams: dict[WorkerId, asyncio.Queue[Message | None]] = {}
         """What is to be sent to each worker that is connected; None ends the stream."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -186,6 +190,8 @@ class Coordinator:
                             )
                         )
                         return
+                    if isinstance(record, EpochRecord):
+                        self._tell_of(record.epoch)
                 case Send(worker, message):
                     if queue := self._streams.get(worker):
                         queue.put_nowait(message)
@@ -198,6 +204,19 @@ class Coordinator:
                 case End():
                     self._tell(action.reason)
                     self._end.set_result(action)
+
+    def _tell_of(self, epoch: Epoch) -> None:
+        """Say who has come, and who has gone."""
+        members = [seat.worker.name for seat in epoch.seats]
+        changes = (
+            ("joined", [name for name in members if name not in self._members]),
+            ("left out", [name for name in self._members if name not in members]),
+        )
+        if self._members:
+            for what, changed in changes:
+                if changed:
+                    self._tell(f"{listed(changed)} {what}; {len(members)} workers train")
+        self._members = members
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -260,12 +279,13 @@ class Coordinator:
             self._happen(hello)
             await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            reader.cancel()
-            writer.cancel()
-            await asyncio.gather(reader, writer, return_exceptions=True)
+            # At once: gRPC may cancel this call while it waits for its tasks.
             if self._streams.get(worker) is queue:
                 del self._streams[worker]
                 self._happen(Disconnected(worker))
+            reader.cancel()
+            writer.cancel()
+            await asyncio.gather(reader, writer, return_exceptions=True)
 
     async def _read(
         self, worker: WorkerId, queue: asyncio.Queue[Message | None], context: grpc.aio.ServicerContext

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -294,5 +294,10 @@ class State:
 
 def names(members: Sequence[Member]) -> str:
     """For people: `a, b and c`."""
-    listed = sorted(member.worker.name for member in members)
-    return " and ".join(filter(None, (", ".join(listed[:-1]), *listed[-1:])))
+    return listed(member.worker.name for member in members)
+
+
+def listed(workers: Iterable[str]) -> str:
+    """For people, given their names: `a, b and c`."""
+    names = sorted(workers)
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))

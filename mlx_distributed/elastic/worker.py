@@ -70,7 +70,7 @@ class View:
                 # What was prepared may yet turn out to be what the others have taken.
                 return replace(view._without_epoch(), prepared=view.prepared, out=reason)
             case Refused() | Ended():
-                return replace(view, ended=message)
+                return replace(view, ended=message, offer=None)  # Who would give it has left.
 
     def prepare(self, epoch: EpochId, digest: str) -> View:
         """The reduction of the next step is done: vote. Of no effect if there is another epoch meanwhile."""

@@ -107,7 +107,6 @@ class Save:
         self._best_loss = min(self._best_loss, state.metrics.get(EVAL_LOSS, math.inf))
         self._saved = (state.step, state.metrics)
 
-
     def _missing(self, state: TrainState, comm: Communicator) -> str | None:
         """Of what there is only a part in this group."""
         if state.num_stages > comm.size:

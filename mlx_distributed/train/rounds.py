@@ -9,8 +9,9 @@ from __future__ import annotations
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -53,12 +54,11 @@ def _stops(phases: Phases) -> tuple[int, ...]:
     return stops(phases.config.parallel.diloco, phases.plan.num_steps)
 
 
-@dataclass(frozen=True, order=True)
-class _Leaf:
+class _Leaf(NamedTuple):
     """A micro-batch of a round."""
 
     step: int
-    index: int
+    number: int
     """In the step."""
 
 
@@ -193,9 +193,9 @@ class RoundAttempt:
         for end in range(1, len(chosen) + 1):
             first, last = self._round.leaves[chosen[at]], self._round.leaves[chosen[end - 1]]
             following = self._round.leaves[chosen[end]] if end < len(chosen) else None
-            if following != _Leaf(last.step, last.index + 1):
+            if following != _Leaf(last.step, last.number + 1):
                 whole = self._round.works[first.step].microbatches
-                yield Work(first.step, whole[first.index : last.index + 1], first.index), chosen[at:end]
+                yield Work(first.step, whole[first.number : last.number + 1], first.number), chosen[at:end]
                 at = end
 
     def _update(self, work: Work, leaves: Sequence[int]) -> None:

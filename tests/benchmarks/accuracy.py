@@ -58,6 +58,7 @@ def train(comm: Communicator, name: str, seed: int) -> Outcome:
     from mlx_distributed.config import load_config
     from mlx_distributed.parallel.mesh import Mesh
     from mlx_distributed.train.evaluation import evaluate_loss
+    from mlx_distributed.train.phases import Phases
     from mlx_distributed.train.setup import init_state
     from mlx_distributed.train.trainer import Trainer
 
@@ -68,7 +69,7 @@ def train(comm: Communicator, name: str, seed: int) -> Outcome:
     state = init_state(loaded.model, config, comm)
     if "no feedback" in name:
         state.feedback.commit = state.feedback.discard  # type: ignore[method-assign]
-    steps = list(Trainer(config, loaded.plan, loaded.rows.train).steps(state, Mesh(dp=comm)))
+    steps = list(Trainer(Phases(config, loaded.plan, loaded.rows.train)).steps(state, Mesh(dp=comm)))
     held_out = evaluate_loss(state.model, loaded.rows.validation, config.train.micro_batch_size, comm)
     return Outcome(
         statistics.mean(step.loss for step in steps[-LAST_STEPS:]),

@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 _KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _SHAPES = {
+    "0.1M": (64, 192, 2, 2, 512),
     "0.7M": (128, 384, 2, 2, 2048),
     "10M": (256, 1024, 8, 4, 8192),
     "50M": (512, 2048, 12, 8, 8192),

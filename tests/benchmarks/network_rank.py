@@ -33,9 +33,9 @@ from mlx_distributed.comm.native import NativeComm
 from mlx_distributed.config import load_config
 from mlx_distributed.elastic.links import share_slices
 from mlx_distributed.parallel.mesh import Mesh
+from mlx_distributed.train.phases import Phases
 from mlx_distributed.train.setup import gradient_layout, init_state, make_optimizer
 from mlx_distributed.train.state import TrainState
-from mlx_distributed.train.phases import Phases
 from mlx_distributed.train.trainer import Trainer
 
 PORTS = {"grpc": 7000, "owned": 7001, "ring": 7002, "gloo": 7003, "measured": 7004}

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from support import NUM_STEPS, Command, commits, digest, ends_within, epochs, metrics, steps, train, train_all
+from support import (
+    NUM_STEPS,
+    Command,
+    assert_exactly_once,
+    commits,
+    digest,
+    ends_within,
+    epochs,
+    metrics,
+    steps,
+    train,
+    train_all,
+)
 
 from mlx_distributed.cli.elastic.invitation import Invitation
 
 ELASTIC = ["elastic.enabled=true", "--nproc"]
 OPEN = "elastic.listen=127.0.0.1:0"
-LONG = 60
-"""Steps of a run that somebody joins: a worker that starts takes as long as some 20 of them."""
+LONG = 120
+"""Steps of a run that somebody joins: a worker that starts takes as long as some 20 of them, on a busy machine 60."""
 
 
 def elastic(config: Path, output_dir: Path, nproc: int, *arguments: str) -> Command:
@@ -45,7 +58,7 @@ def send(number: signal.Signals, rank: int, output_dir: Path, workers: Sequence[
 def assert_undisturbed(
     coordinated: Path, undisturbed: Path, trained: Sequence[Path] | None = None, num_steps: int = NUM_STEPS
 ) -> None:
-    """Weights, moments and metrics are those of the other run, and every step was taken once.
+    """Weights, moments and metrics are those of the other run, and every step was taken, and every row trained, once.
 
     Args:
         coordinated: output of the coordinator.
@@ -55,6 +68,7 @@ def assert_undisturbed(
     """
     trained = trained or [coordinated]
     assert commits(coordinated) == list(range(1, num_steps + 1))
+    assert_exactly_once(coordinated, trained)
     assert digest(trained[-1]) == digest(undisturbed)
     told = [line for folder in trained for line in metrics(folder)]
     # A new rank 0 tells of the last step once more, as the one before may have been lost before it could.
@@ -171,7 +185,13 @@ def test_ctrl_c_while_workers_are_missing(config: Path, tmp_path: Path) -> None:
 def test_stopped_killed_and_resumed(config: Path, undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with elastic(config, out, 3) as run:
+        run.read_until("step 2/")
+        workers = run.workers
+        name = send(signal.SIGSTOP, 1, out, workers)
+        time.sleep(2.0)  # A hiccup, which is forgiven.
+        os.kill(workers[int(name.rpartition("-")[2])], signal.SIGCONT)
         run.read_until("step 4/")
+        assert len(epochs(out)) == 1
         run.interrupt()
         done = run.wait()
     assert (done.status, done.stderr) == (130, "")

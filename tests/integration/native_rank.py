@@ -18,6 +18,7 @@ from mlx_distributed.data.tokenize import Row
 from mlx_distributed.errors import CommError
 from mlx_distributed.models import trainable
 from mlx_distributed.parallel.mesh import Mesh
+from mlx_distributed.train.phases import Phases
 from mlx_distributed.train.setup import make_optimizer
 from mlx_distributed.train.state import TrainState
 from mlx_distributed.train.trainer import Trainer
@@ -87,7 +88,7 @@ def check_training(comm: Communicator) -> None:
     model = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 50))
     config = Config(train=TrainConfig(global_batch_size=6, micro_batch_size=2))
     state = TrainState(model, make_optimizer(config).init(trainable(model)))
-    for _ in Trainer(config, plan, rows).steps(state, Mesh(dp=comm)):
+    for _ in Trainer(Phases(config, plan, rows)).steps(state, Mesh(dp=comm)):
         digest = "".join(state.digest().values()).encode()
         digests = comm.all_gather(mx.array(np.frombuffer(digest, np.uint8)), "the digests")
         equal(digests[0], digests[1])

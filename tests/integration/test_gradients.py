@@ -23,6 +23,7 @@ from mlx_distributed.data.tokenize import Row
 from mlx_distributed.models import load, prepare
 from mlx_distributed.parallel.mesh import Mesh
 from mlx_distributed.testing import run_ranks
+from mlx_distributed.train.phases import Phases
 from mlx_distributed.train.setup import make_optimizer
 from mlx_distributed.train.state import TrainState
 from mlx_distributed.train.trainer import Trainer
@@ -113,7 +114,7 @@ def test_the_gradient_of_a_group(tied: Path, method: str, share: tuple[float, ..
 
     def reduced(comm: Communicator) -> Mapping[str, mx.array] | None:
         tapped = Tapped(comm)
-        Trainer(config, plan, rows).train_step(states[comm.rank], Mesh(dp=tapped))
+        Trainer(Phases(config, plan, rows)).train_step(states[comm.rank], Mesh(dp=tapped))
         return tapped.sums
 
     for sums in [reduced(LocalComm())] if len(share) == 1 else run_ranks(len(share), reduced):

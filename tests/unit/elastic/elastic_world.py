@@ -227,6 +227,13 @@ class World:
                 process.outbox.append(Leave(process.id, "SIGTERM"))
                 self.cut(process, 0)
 
+    def doze(self, process: Process) -> None:
+        """It leaves for a while."""
+        if process.alive and process.connected:
+            process.outbox.append(Leave(process.id, "it sleeps"))
+            self.cut(process, 0)
+            process.view = process.view.receive(process.view.term, Evicted("it sleeps"))
+
     def complain(self, process: Process) -> None:
         epoch = process.view.epoch
         if epoch is None or not process.alive:
@@ -292,6 +299,7 @@ class World:
             self.crash_soon,
             lambda: self.start_coordinator() if self.state is None else None,
             lambda: self.leave(process),
+            lambda: self.doze(process),
         ]
         kind = self.tape.draw(48)
         (trouble[kind] if kind < len(trouble) else usual[kind % len(usual)])()

@@ -217,6 +217,39 @@ def test_one_that_is_stopped_is_given_up_after_three_seconds_and_comes_back(tmp_
         a.sees("a", "victim")
 
 
+def test_one_that_leaves_for_a_while_is_not_waited_for_and_comes_back(tmp_path: Path) -> None:
+    with running(tmp_path / "journal") as run, workers(run.address, "a", "b") as (a, b):
+        a.vote()
+        left_s = time.monotonic()
+        b.membership.leave("it sleeps")
+        assert (b.membership.view.epoch, b.membership.view.out) == (None, "it sleeps")
+        epoch = a.sees("a").epoch
+        assert time.monotonic() - left_s < 1.0
+        assert epoch is not None
+        assert epoch.reason == "b has left (it sleeps)"
+        a.vote("again")
+        a.takes(1)
+        assert b.membership.view.offer is None
+        b.membership.come_back()
+        offer = b.wait(lambda view: view.offer).offer
+        assert offer is not None
+        b.membership.change(lambda view: view.fetched(offer.outcome))
+        a.sees("a", "b")
+        b.sees("a", "b")
+
+
+def test_what_it_had_voted_for_when_it_left_is_taken_when_it_is_back(tmp_path: Path) -> None:
+    with running(tmp_path / "journal") as run, workers(run.address, "a", "b") as (a, b):
+        b.vote()
+        b.membership.leave("it sleeps")
+        a.sees("a")
+        a.vote()
+        a.takes(1)
+        b.membership.come_back()
+        assert b.takes(1).offer is None
+        b.sees("a", "b")
+
+
 def break_stream(run: Running, worker: Worker) -> None:
     """As a cable that is pulled and put in again; the worker dials anew."""
     queue = run.coordinator._streams[worker.membership.view.worker]

@@ -24,6 +24,7 @@ from mlx_distributed.elastic.protocol import (
     RollbackRecord,
     RunRecord,
     TermRecord,
+    Tick,
     WaitFor,
 )
 from mlx_distributed.elastic.replay import started
@@ -57,6 +58,27 @@ def test_a_commit_that_was_written_and_not_told_is_told() -> None:
     desk = Desk(records=journal_of_two())
     desk.hello("a", START, epoch=desk.epoch.id, prepared=Outcome(1, "d"))
     assert desk.sent("a") == [Commit(Outcome(1, "d"), desk.epoch.id, (1.0, 1.0))]
+
+
+def test_the_last_commit_that_was_not_told_is_told() -> None:
+    desk = Desk(replace(RULES, num_steps=1), journal_of_two())
+    desk.happen(Tick(), after_s=0.1)
+    assert desk.state.ended is None, "its members are waited for"
+    desk.hello("a", START, epoch=desk.epoch.id, prepared=Outcome(1, "d"))
+    assert desk.sent("a") == [Commit(Outcome(1, "d"), desk.epoch.id, (1.0, 1.0))]
+    desk.happen(Probed(worker("b"), refused=True))
+    desk.report("a", epoch=desk.epoch.id)
+    desk.happen(Leave(worker("a"), "its work is done"))
+    assert desk.actions == (End("all steps are taken", failed=False),)
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_a_run_that_was_over_is_over_again(refused: bool) -> None:
+    desk = Desk(replace(RULES, num_steps=1), journal_of_two())
+    for name in "ab":
+        desk.happen(Probed(worker(name), refused=refused))
+    desk.wait(0.1 if refused else SILENCE_S)
+    assert desk.state.ended == "all steps are taken"
 
 
 def test_one_that_died_meanwhile_is_found_out_and_the_step_is_tried_again() -> None:

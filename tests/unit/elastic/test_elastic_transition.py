@@ -349,3 +349,16 @@ def test_the_end_is_when_all_have_left() -> None:
     assert End("all steps are taken", failed=False) not in desk.actions
     desk.wait(SILENCE_S)
     assert End("all steps are taken", failed=False) in desk.actions
+
+
+def test_who_has_not_got_the_last_state_when_all_others_have_left_is_told_so() -> None:
+    desk = Desk(replace(RULES, num_steps=1))
+    desk.enter("a", "b")
+    desk.hello("late", NOTHING)
+    desk.vote("a")
+    desk.vote("b")
+    desk.happen(Leave(worker("a"), "its work is done"))
+    assert desk.state.ended is None, "b can give it"
+    desk.happen(Leave(worker("b"), "its work is done"))
+    assert desk.sent("late") == [Refused("this run is over: all steps are taken, by workers that have left")]
+    assert desk.actions[-1] == End("all steps are taken", failed=False)

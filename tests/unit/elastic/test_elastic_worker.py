@@ -39,7 +39,7 @@ from mlx_distributed.elastic.worker import View
 
 ME, OTHER = WorkerId("me", "1"), WorkerId("other", "1")
 FIRST = EpochId(1, 1)
-EPOCH = Epoch(FIRST, START, (Seat(ME, "me:1", 1.0), Seat(OTHER, "other:1", 1.0)), "training begins")
+EPOCH = Epoch(FIRST, START, (Seat(ME, "me:1", 1.0, 1.2e8), Seat(OTHER, "other:1", 1.0)), "training begins")
 AT_WORK = View(ME).receive(1, Enter(EPOCH))
 ONE = Outcome(1, "d")
 COMMIT = Commit(ONE, FIRST, (1.5, 0.5))
@@ -117,6 +117,19 @@ def test_an_offer_of_state_that_is_late_is_passed_over() -> None:
     assert View(ME).receive(1, Fetch(START, ("other:1",))).offer is None
 
 
+def test_an_offer_of_a_later_state_says_that_the_others_have_gone_on() -> None:
+    """The connection was lost with the word that this worker is out."""
+    offer = Fetch(Outcome(2, "e"), ("other:1",))
+    view = AT_WORK.prepare(FIRST, "d").receive(1, offer)
+    assert (view.epoch, view.offer, view.prepared) == (None, offer, ONE)
+
+
+@pytest.mark.parametrize("over", [Refused("over"), Ended("over", failed=False)])
+def test_when_the_run_is_over_nothing_is_fetched_any_more(over: Message) -> None:
+    view = View(ME).receive(1, Fetch(ONE, ("other:1",))).receive(1, over)
+    assert (view.ended, view.offer) == (over, None)
+
+
 MESSAGES: list[Message] = [
     COMMIT,
     Enter(EPOCH),
@@ -136,7 +149,10 @@ def test_messages_come_back_as_they_were(message: Message) -> None:
 
 @pytest.mark.parametrize(
     "standing",
-    [Standing(0, NOTHING), Standing(2**40, ONE, EpochId(2**40, 3), Outcome(2, "e"), 1.5, ("a", "b"), Loss("a", "x"))],
+    [
+        Standing(0, NOTHING),
+        Standing(2**40, ONE, EpochId(2**40, 3), Outcome(2, "e"), 1.5, ("a", "b"), Loss("a", "x"), 1.2e8, 0.004),
+    ],
 )
 def test_a_hello_comes_back_as_it_was(standing: Standing) -> None:
     hello = Hello(ME, "me:1", Facts("run", "0.1.0", "config"), standing)
@@ -152,3 +168,7 @@ def test_what_makes_no_sense_is_refused() -> None:
     for speed in (math.nan, math.inf, -1.0):
         with pytest.raises(ValueError, match="speed"):
             standing_from_pb(pb.Standing(speed=speed))
+        with pytest.raises(ValueError, match="bandwidth"):
+            standing_from_pb(pb.Standing(bandwidth=speed))
+        with pytest.raises(ValueError, match="round trip"):
+            standing_from_pb(pb.Standing(round_trip_s=speed))

@@ -25,7 +25,7 @@ from mlx_distributed.elastic.protocol import (
 )
 from mlx_distributed.errors import ConfigError
 
-SEATS = (Seat(WorkerId("Mac of Jörg", "1"), "10.0.0.7:4000", 1.33), Seat(WorkerId("b", "2"), "b.local:1", 0.667))
+SEATS = (Seat(WorkerId("Mac of Jörg", "1"), "10.0.0.7:4000", 1.33), Seat(WorkerId("b", "2"), "b.local:1", 0.667, 1.2e8))
 RECORDS: list[Record] = [
     RunRecord("run"),
     TermRecord(1),

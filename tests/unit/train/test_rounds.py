@@ -43,7 +43,7 @@ def parts(phases: Phases, attempt: RoundAttempt, step: int, size: int) -> list[l
     for leaf, place in leaves.items():
         assert leaf.step >= step
         ranges = share(len(phases.plan.microbatches(leaf.step)), [1.0] * size)
-        (rank,) = [rank for rank, (start, stop) in enumerate(ranges) if start <= leaf.index < stop]
+        (rank,) = [rank for rank, (start, stop) in enumerate(ranges) if start <= leaf.number < stop]
         by_rank[rank].append(place)
     return by_rank
 
