@@ -10,10 +10,12 @@ from pathlib import Path
 from mlx_distributed.cli.bench.command import add_bench
 from mlx_distributed.cli.elastic.verbs import add_coordinator, add_launch, add_status
 from mlx_distributed.cli.errors import run
+from mlx_distributed.cli.plan.command import add_plan
 
 EPILOG = """\
 examples:
   mlx-distributed digest outputs/quickstart
+  mlx-distributed plan --config my.yaml
   mlx-distributed bench allreduce --nproc 2
   mlx-distributed launch --hosts b.local,c.local --config my.yaml
   mlx-distributed coordinator --config my.yaml elastic.listen=192.168.1.20:4000
@@ -51,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     )
     digest.add_argument("--debug", action="store_true", help="print tracebacks")
     digest.set_defaults(body=_digest)
+    add_plan(verbs)
     add_bench(verbs)
     add_launch(verbs)
     add_coordinator(verbs)

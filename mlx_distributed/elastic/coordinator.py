@@ -80,6 +80,7 @@ OPTIONS = [
     ("grpc.keepalive_time_ms", 5000),
     ("grpc.keepalive_timeout_ms", 3000),
     ("grpc.http2.min_ping_interval_without_data_ms", 2000),
+    ("grpc.http2.max_pings_without_data", 0),  # It seldom has something to say.
 ]
 
 

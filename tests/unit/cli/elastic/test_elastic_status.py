@@ -41,8 +41,8 @@ def test_the_table() -> None:
         "epoch 2.3: b joined",
         "worker    address        share    micro-batches/s  link, Mbit/s  round trip, ms  step",
         "a-0       10.0.0.7:4000  1.25     3.14             944           0.4             7",
-        "b         10.0.0.8:4000  0.75     -                -             -               7     not connected, waited for, "
-        "silent for 2.0 s",
+        "b         10.0.0.8:4000  0.75     -                -             -               7     "
+        "not connected, waited for, silent for 2.0 s",
         "newcomer  10.0.0.9:4000  joining  -                -             -               -",
     ]
 
