@@ -159,7 +159,8 @@ def _data(data: DataConfig) -> Iterator[Problem]:
 
 
 def _step(config: Config) -> Iterator[Problem]:
-    train, nproc = config.train, config.parallel.nproc
+    # The workers of one copy of the model compute the same micro-batches.
+    train, nproc = config.train, config.parallel.nproc // max(config.parallel.pipeline.num_stages, 1)
     if train.micro_batch_size < 1 or train.global_batch_size < 1:
         return
     # Larger micro-batches than these are nobody's; the bound keeps a mistyped number from being factored for hours.
@@ -186,11 +187,14 @@ def _step(config: Config) -> Iterator[Problem]:
 
 
 def _parallel(parallel: ParallelConfig) -> Iterator[Problem]:
-    nproc = parallel.nproc
-    for key, weights in (("parallel.share", parallel.share), ("parallel.bandwidth", parallel.bandwidth)):
+    nproc, num_copies = parallel.nproc, parallel.nproc // max(parallel.pipeline.num_stages, 1)
+    for key, weights, due in (
+        ("parallel.share", parallel.share, num_copies),
+        ("parallel.bandwidth", parallel.bandwidth, nproc),
+    ):
         if isinstance(weights, tuple):
-            if len(weights) != nproc:
-                rule = f"has {len(weights)} weights for parallel.nproc={nproc}; give {nproc}, or even"
+            if len(weights) != due:
+                rule = f"has {len(weights)} weights for parallel.nproc={nproc}; give {due}, or even"
                 yield Problem(key, rule, ("parallel.nproc",))
             elif min(weights) <= 0:
                 yield Problem(key, "weights must be above 0; give such weights, or start fewer workers")
@@ -241,6 +245,9 @@ def _pipeline(config: Config) -> Iterator[Problem]:
     if pipeline.schedule == "interleaved" and pipeline.chunks < 2:
         rule = "gives every worker several stages: set parallel.pipeline.chunks to 2 or more, or use 1f1b"
         yield Problem("parallel.pipeline.schedule", rule, ("parallel.pipeline.chunks",))
+    if not isinstance(pipeline.in_flight, str) and pipeline.in_flight < pipeline.num_stages:
+        rule = f"must be at least {pipeline.num_stages}, or the last worker waits for the first; use that, or auto"
+        yield Problem("parallel.pipeline.in_flight", rule, stages)
     if isinstance(pipeline.split, tuple) and len(pipeline.split) != pipeline.num_stages * pipeline.chunks:
         num = pipeline.num_stages * pipeline.chunks
         rule = f"must say for each of the {num} stages how many layers it has; it has {len(pipeline.split)} numbers"
@@ -256,6 +263,7 @@ def _pipeline(config: Config) -> Iterator[Problem]:
         ("parallel.sync", parallel.sync == "step", "its workers agree in every step; use step"),
         ("parallel.wire", parallel.wire == "fp32", "what rounding leaves out would belong to a stage; use fp32"),
         ("optimizer.shard", not config.optimizer.shard, "a stage has only its part of the moments anyway; use false"),
+        ("parallel.bandwidth", isinstance(parallel.bandwidth, str), "its groups are on one machine; use even"),
         ("elastic.enabled", not config.elastic.enabled, "a lost worker takes its layers with it; use false"),
         ("eval.generate", not config.eval.generate, "nobody has the whole model to generate with; use false"),
     ):

@@ -174,6 +174,10 @@ class PipelineConfig:
     computes the gradients of weights when nobody waits."""
     chunks: int = 1
     """Stages of each worker, for `interleaved`."""
+    in_flight: Literal["auto"] | int = "auto"
+    """Micro-batches that the first worker holds at a time, with `1f1b` and `zb-h1`; the others hold fewer, down to one.
+    `auto` is twice the workers less one, which hides links that take as long as a forward pass; with `activations:
+    keep`, as many as there are workers."""
     activations: Literal["recompute", "keep"] = "recompute"
     """What is held of a micro-batch until its backward pass: its input alone, or all that was computed, which is faster
     by a third and takes that memory for every micro-batch under way."""

@@ -27,9 +27,7 @@ class JsonlTracker:
         ConfigError: the file cannot be written.
     """
 
-    def __init__(
-        self, path: Path, resume_step: int | None = None, resume_metrics: Collection[str] | None = ()
-    ) -> None:
+    def __init__(self, path: Path, resume_step: int | None = None, resume_metrics: Collection[str] | None = ()) -> None:
         self._path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

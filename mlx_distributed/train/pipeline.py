@@ -137,7 +137,8 @@ class Pipeline:
                 held[stage, index] = _Held(given.pop(action, None))
                 result = self._forward(stage, held[stage, index], batch)
             elif kind == "B":
-                result = self._backward(stage, held[stage, index], batch, given.pop(action, None))
+                cotangent = given.pop(action, None)
+                result = self._backward(stage, held[stage, index], batch, cotangent, schedule.split_backward)
             if result is not None and (target := schedule.target(action)) is not None:
                 if schedule.worker_of(target.stage) == self.comm.rank:
                     given[target] = result
@@ -191,8 +192,11 @@ class Pipeline:
         mx.eval(hidden)
         return hidden
 
-    def _backward(self, stage: int, held: _Held, batch: Microbatch, cotangent: mx.array | None) -> mx.array | None:
-        """Gradient of what went in, evaluated; None in the first stage."""
+    def _backward(
+        self, stage: int, held: _Held, batch: Microbatch, cotangent: mx.array | None, split: bool
+    ) -> mx.array | None:
+        """Gradient of what went in, evaluated; None in the first stage. Unless the backward pass is split, those of the
+        weights are too: together they let go of a layer when they are through with it."""
         if held.graph is None:
             held.graph = self._graph(stage, held.incoming, batch, cotangent)
         elif cotangent is not None:
@@ -200,7 +204,9 @@ class Pipeline:
             memoryview(held.graph.cotangent).cast("B")[:] = memoryview(_bytes(cotangent))  # type: ignore[arg-type]
         held.incoming = None
         of_input = held.graph.of_input
-        if of_input is not None:
+        if not split:
+            mx.eval(held.graph.gradients, [] if of_input is None else of_input)
+        elif of_input is not None:
             mx.eval(of_input)
         return of_input
 

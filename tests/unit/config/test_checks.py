@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mlx_distributed.config import Config, LoraConfig, ModelConfig, SourceConfig, TrainConfig
 from mlx_distributed.config.checks import check, is_address, listed
-from mlx_distributed.config.schema import DilocoConfig
+from mlx_distributed.config.schema import DilocoConfig, PipelineConfig
 
 SCRATCH = {"model_type": "qwen3", "vocab_size": 512}
 GOOD = replace(
@@ -28,6 +28,12 @@ def changed(config: Config, **changes: Any) -> Config:
         section, _, name = key.partition("__")
         config = replace(config, **{section: replace(getattr(config, section), **{name: value}) if name else value})
     return config
+
+
+def pipeline(num_stages: int, **changes: Any) -> dict[str, Any]:
+    """A run on one copy of a model that is cut into stages."""
+    settings = PipelineConfig(num_stages=num_stages, **changes)
+    return {"parallel__pipeline": settings, "parallel__nproc": num_stages}
 
 
 def diloco(**changes: Any) -> dict[str, Any]:
@@ -195,6 +201,17 @@ def diloco(**changes: Any) -> dict[str, Any]:
             "a native group cannot lose a member; use grpc",
         ),
         (ELASTIC | {"parallel__sync": "delayed"}, "parallel.sync", "beside elastic.enabled=true: a sum under way"),
+        (pipeline(2, in_flight=1), "parallel.pipeline.in_flight", "at least 2, or the last worker waits"),
+        (pipeline(2, chunks=2), "parallel.pipeline.chunks", "schedule=interleaved; set that, or use 1"),
+        (pipeline(2, schedule="interleaved"), "parallel.pipeline.schedule", "chunks to 2 or more, or use 1f1b"),
+        (pipeline(2, split=(1, 2, 3)), "parallel.pipeline.split", "each of the 2 stages"),
+        (pipeline(2) | {"parallel__nproc": 3}, "parallel.nproc", "of the model; use --nproc 4"),
+        (pipeline(2) | {"parallel__share": (1.0, 1.0)}, "parallel.share", "for parallel.nproc=2; give 1, or even"),
+        (pipeline(2) | {"parallel__bandwidth": (1.0, 1.0)}, "parallel.bandwidth", "on one machine; use even"),
+        (pipeline(2) | {"parallel__wire": "int8"}, "parallel.wire", "what rounding leaves out would"),
+        (pipeline(2) | {"optimizer__shard": True}, "optimizer.shard", "its part of the moments anyway; use false"),
+        (pipeline(2) | {"parallel__sync": "delayed"}, "parallel.sync", "agree in every step; use step"),
+        (pipeline(2) | ELASTIC, "elastic.enabled", "takes its layers with it; use false"),
         (ELASTIC | diloco(overlap_steps=1), "parallel.diloco.overlap_steps", "is of one group; use 0"),
         (ELASTIC | {"parallel__bandwidth": (1.0,)}, "parallel.bandwidth", "weights fit nobody; use even"),
         (ELASTIC | {"parallel__share": (1.0,)}, "parallel.share", "weights fit nobody; use even or speed"),

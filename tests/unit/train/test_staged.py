@@ -14,6 +14,8 @@ from mlx_distributed.config import Config
 from mlx_distributed.config.schema import ModelConfig
 from mlx_distributed.errors import ConfigError
 from mlx_distributed.models import load
+from mlx_distributed.parallel.simulate import Costs, StageCosts, simulate
+from mlx_distributed.parallel.validate import count_in_flight
 from mlx_distributed.train.evaluation import evaluate_loss
 from mlx_distributed.train.state import digest
 from mlx_distributed.train.step_info import StepInfo
@@ -134,3 +136,25 @@ def test_what_cannot_be_cut_is_refused(settings: dict[str, object], words: str) 
 def test_one_worker_is_a_pipeline_of_one_stage(schedule: str) -> None:
     settings = staged(1, schedule=schedule).parallel.pipeline
     assert make_schedule(settings, 1, 3).num_stages == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "held"),
+    [
+        ({"schedule": "1f1b"}, (7, 5, 3, 1)),
+        ({"schedule": "1f1b", "in_flight": 4}, (4, 3, 2, 1)),
+        ({"schedule": "1f1b", "activations": "keep"}, (4, 3, 2, 1)),
+        ({"schedule": "zb-h1", "activations": "keep"}, (4, 4, 4, 4)),
+        ({"schedule": "gpipe"}, (16, 16, 16, 16)),
+    ],
+    ids=str,
+)
+def test_as_many_are_in_flight_as_the_settings_say(settings: dict[str, object], held: tuple[int, ...]) -> None:
+    schedule = make_schedule(staged(4, **settings).parallel.pipeline, 4, 16)  # type: ignore[arg-type]
+    assert count_in_flight(schedule) == held
+
+
+@pytest.mark.parametrize(("link_s", "least"), [(0.0, 0.84), (0.3, 0.80), (1.0, 0.72)])
+def test_one_stage_after_the_other_hides_its_links(link_s: float, least: float) -> None:
+    schedule = make_schedule(staged(4).parallel.pipeline, 4, 16)
+    assert simulate(schedule, Costs((StageCosts(1.0, 1.0, 1.0),) * 4, (link_s,) * 3)).efficiency >= least

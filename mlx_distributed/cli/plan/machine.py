@@ -1,0 +1,29 @@
+"""This machine, as far as a plan must know it: its memory, and how fast it multiplies."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import mlx.core as mx
+
+_SIZE = 1024
+_ROUNDS = 3
+
+
+def memory_bytes() -> int:
+    """That training may take: what the system recommends for the GPU, which shares it on a Mac, or else all of it."""
+    recommended = mx.device_info().get("max_recommended_working_set_size")
+    return int(recommended or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def measure_flops(dtype: mx.Dtype) -> float:
+    """Operations per second in a product of two matrices; the best of a few rounds, as other programs disturb some."""
+    left, right = (mx.random.normal((_SIZE, _SIZE)).astype(dtype) for _ in range(2))
+    mx.eval(left @ right)
+    best_s = float("inf")
+    for _ in range(_ROUNDS):
+        begin_s = time.perf_counter()
+        mx.eval(left @ right)
+        best_s = min(best_s, time.perf_counter() - begin_s)
+    return 2 * _SIZE**3 / best_s

@@ -1,0 +1,57 @@
+"""What a plan is told of the workers, as words of the command line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from mlx_distributed.errors import ConfigError
+
+_PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
+_BINARY = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+_NUMBER = re.compile(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?) *([a-z/]*)", re.IGNORECASE)
+
+
+def parse_speeds(text: str | None, num_workers: int) -> tuple[float, ...]:
+    """Of each worker, relative to `--flops`. Raises ConfigError."""
+    return _per_worker("speeds", text or "1", num_workers, lambda word: _number("speeds", word, "", "2,1"))
+
+
+def parse_memory(text: str | None, num_workers: int, default_bytes: int) -> tuple[int, ...]:
+    """Bytes of each worker. Raises ConfigError."""
+    if text is None:
+        return (default_bytes,) * num_workers
+    return _per_worker("memory", text, num_workers, lambda word: int(_number("memory", word, "b", "16GB,8GB")))
+
+
+def parse_flops(text: str) -> float:
+    """Per second. Raises ConfigError."""
+    return _number("flops", text, "", "3.5T")
+
+
+def parse_link(text: str) -> float:
+    """Bytes per second. Raises ConfigError."""
+    return _number("link", text, "bit", "1Gbit") / 8
+
+
+def _per_worker(option: str, text: str, num_workers: int, parse: Callable[[str], float]) -> tuple:
+    values = tuple(parse(word.strip()) for word in text.split(","))
+    if len(values) == 1:
+        return values * num_workers
+    if len(values) != num_workers:
+        raise ConfigError(
+            f"--{option} {text}: has {len(values)} values, and there are {num_workers} workers (parallel.nproc); give "
+            "one for each, or one for all"
+        )
+    return values
+
+
+def _number(option: str, text: str, unit: str, example: str) -> float:
+    """A number with a prefix of a thousand, or with `unit` of 1024 (Ki, Mi, ...), and the unit."""
+    found = _NUMBER.fullmatch(text)
+    if found is not None:
+        prefix = found[2].lower().removesuffix("/s").removesuffix(unit)
+        factor = _PREFIXES.get(prefix) or _BINARY.get(prefix if unit == "b" else "")
+        if factor is not None and float(found[1]) > 0:
+            return float(found[1]) * factor
+    raise ConfigError(f"--{option} {text}: must be above 0 and written as in --{option} {example}")
