@@ -72,9 +72,11 @@ class Sleeper(Pipeline):
         self._sleep("F", stage, batch.seed, self._costs.stages[stage].forward_s)
         return None if stage == self._last else self._message
 
-    def _backward(self, stage: int, held: object, batch: Microbatch, cotangent: mx.array | None) -> mx.array | None:
+    def _backward(
+        self, stage: int, held: object, batch: Microbatch, cotangent: mx.array | None, split: bool
+    ) -> mx.array | None:
         costs = self._costs.stages[stage]
-        self._sleep("B", stage, batch.seed, costs.backward_s + (0.0 if self._split else costs.weight_s))
+        self._sleep("B", stage, batch.seed, costs.backward_s + (0.0 if split else costs.weight_s))
         return None if stage == 0 else self._message
 
     def _done(self, stage: int, index: int, held: object) -> Done:
