@@ -142,8 +142,9 @@ def quick_digest(arrays: Arrays) -> str:
     memory, where a SHA-256 would take a twentieth of a step.
     """
     total = 0
+    mx.eval(arrays)  # All at once: to evaluate one costs 50 us, however small it is.
     for place, name in enumerate(sorted(arrays)):
-        data = np.asarray(mx.contiguous(arrays[name])).reshape(-1).view(np.uint8)
+        data = np.asarray(arrays[name]).reshape(-1).view(np.uint8)
         whole = data.size // 8 * 8
         words = np.concatenate([data[whole:], np.zeros(-data.size % 8, np.uint8)]).view(np.uint64)
         blocks = data[:whole].view(np.uint64)
