@@ -95,7 +95,7 @@ class Sums:
     @property
     def nodes(self) -> tuple[Node, ...]:
         """Of the summation tree, that are held."""
-        return tuple(self.trees[0].parts)
+        return tuple(self.trees[0].parts) if self.trees else ()
 
 
 class Phases:
@@ -188,10 +188,9 @@ class Phases:
             mx.eval(loss, [] if last else [tree.parts for tree in sums.trees])
             sums.tally.losses[i] = loss.item()
             check()
-        yield from self._held(sums, keep)
+        yield from self._held(sums, sums.nodes, keep)
 
-    def _held(self, sums: Sums, keep: bool) -> Iterator[Parts]:
-        nodes = sums.nodes
+    def _held(self, sums: Sums, nodes: Sequence[Node], keep: bool) -> Iterator[Parts]:
         for tree in sums.trees:
             mx.eval(list(tree.parts.values()))
             yield dict(tree.parts)

@@ -85,7 +85,7 @@ def hand_out(
     """
     if state.shard is not None and comm.broadcast(mx.array(checkpoint is not None), 0, _MOMENTS).item():
         _hand_out_moments(state, checkpoint, comm)
-    if layout[0].lossy:
+    if _lossy(layout):
         _hand_out_feedback(state.feedback, layout, checkpoint.feedback() if checkpoint else [], comm)
     if state.inner is not None:
         copies.hand_out(state, checkpoint.of_ranks(COPY) if checkpoint else [], comm)
@@ -93,7 +93,11 @@ def hand_out(
 
 
 def _any_own(state: TrainState, layout: Sequence[BucketLayout]) -> bool:
-    return state.shard is not None or state.inner is not None or layout[0].lossy
+    return state.shard is not None or state.inner is not None or _lossy(layout)
+
+
+def _lossy(layout: Sequence[BucketLayout]) -> bool:
+    return any(bucket.lossy for bucket in layout)
 
 
 def _own(state: TrainState, layout: Sequence[BucketLayout]) -> Arrays:
@@ -101,7 +105,7 @@ def _own(state: TrainState, layout: Sequence[BucketLayout]) -> Arrays:
     arrays: Arrays = {}
     if state.shard is not None:
         arrays = {name: state.optimizer[moment] for name, moment in _segments(state.shard).items()}
-    if layout[0].lossy:
+    if _lossy(layout):
         arrays |= zip(_feedback_names(layout), _owed(state.feedback, layout).values(), strict=True)
     return arrays | (copies.named(state.inner) if state.inner is not None else {})
 

@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_distributed.comm.base import Parts
 from mlx_distributed.comm.buckets import Arrays, BucketLayout, to_buckets
+from mlx_distributed.comm.tree_sum import Node, cover
 from mlx_distributed.config import Config
 from mlx_distributed.data.plan import Plan
 from mlx_distributed.data.tokenize import Row, collate
@@ -124,7 +125,10 @@ class StagePhases(Phases):
                     tree.put((i, i + 1), bucket)
                 mx.eval([tree.parts for tree in sums.trees])
             check()
-        yield from self._held(sums, keep)
+        nodes: Sequence[Node] = sums.nodes
+        if not sums.trees and leaves:  # Nothing is trained here.
+            nodes = cover(leaves[0], leaves[-1] + 1, len(work.microbatches))
+        yield from self._held(sums, nodes, keep)
 
     def reduced(self, state: TrainState, work: Work, sums: Arrays) -> Reduced:
         """What follows from the sums of this worker's part and of the others'. Raises CommError."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -91,6 +93,19 @@ def test_every_schedule_trains_the_same_bits(
     assert infos == whole[0]
     assert same(arrays, whole[1])
     assert metrics == whole[2]
+
+
+def test_adapters_in_the_last_layer_alone() -> None:
+    """The first worker has nothing to train, and no gradient to send."""
+
+    def with_adapters(num_stages: int) -> Config:
+        config = staged(num_stages, "lora")
+        return replace(config, lora=replace(config.lora, num_layers=1))
+
+    infos, arrays, metrics = train(with_adapters(2), 2, num_steps=5)
+    expected_infos, expected, expected_metrics = train(with_adapters(1), 1, num_steps=5)
+    assert (infos, metrics) == (expected_infos, expected_metrics)
+    assert same(arrays, expected)
 
 
 def test_tied_embeddings_are_the_same_on_both_ends_and_nearly_those_of_one_piece() -> None:
