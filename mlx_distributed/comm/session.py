@@ -130,6 +130,11 @@ class Session:
         """The ranks that are waited for, and have been silent for so long."""
         return sorted({peer for since_s in self._waits for peer in since_s if self._silent_s(peer, since_s) >= for_s})
 
+    def _waited_for(self, besides: int) -> list[tuple[float, int]]:
+        """For how long each other rank that is waited for has been silent."""
+        waits = ((peer, since_s) for since_s in self._waits for peer in since_s if peer != besides)
+        return [(self._silent_s(peer, since_s), peer) for peer, since_s in waits]
+
     def begin(self, reduction: Reduction) -> None:
         """Start an operation: frames of it are taken in from now on."""
         self._op, self._reduction = reduction.op, reduction
@@ -349,7 +354,11 @@ class Session:
         except NOT_AS_EXPECTED:
             raise FrameError("left without a reason") from None
         if culprit == self.rank:
-            culprit, reason = peer, f"gave this worker up: {reason}"
+            # Who waits for us does not see for whom we wait.
+            silent_s, other = max(self._waited_for(besides=peer), default=(0.0, peer))
+            held_up = silent_s >= self.timeout_s / 2
+            culprit = other if held_up else peer
+            reason = f"sent nothing for {silent_s:.1f} s" if held_up else f"gave this worker up: {reason}"
         self.fail(culprit, reason)
 
     async def _until(self, condition: Callable[[], bool], timeout_s: float = math.inf) -> None:

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import mlx.core as mx
@@ -314,3 +315,32 @@ def test_what_nobody_asks_for_is_not_read_without_bound() -> None:
         return total
 
     assert run_ranks(2, body) == [num_messages * size] * 2
+
+
+def test_who_is_given_up_while_it_waits_itself_names_whom_it_waits_for() -> None:
+    """Rank 1 does nothing, rank 0 waits for it, and rank 2 for rank 0, of which it loses patience first."""
+    comms = [GrpcComm(rank, 3, "run", timeout_s=timeout_s) for rank, timeout_s in enumerate((1.5, 30.0, 1.0))]
+    over = threading.Event()
+
+    def wait_for(comm: GrpcComm, peer: int) -> CommError:
+        with pytest.raises(CommError) as caught:
+            comm.recv(peer, 0, "a test")
+        comm.close(caught.value)
+        return caught.value
+
+    def be(rank: int) -> CommError | None:
+        comms[rank].connect([comm.address for comm in comms])
+        if rank != 1:
+            return wait_for(comms[rank], 1 if rank == 0 else 0)
+        over.wait()
+        comms[rank].close(KeyboardInterrupt("over"))
+        return None
+
+    with ThreadPoolExecutor(3) as pool:
+        ranks = [pool.submit(be, rank) for rank in range(3)]
+        first, last = ranks[0].result(), ranks[2].result()
+        over.set()
+    assert first is not None
+    assert last is not None
+    assert (first.peer, last.peer) == (1, 0)
+    assert re.fullmatch(r"sent nothing for [01]\.\d s", first.reason), first
