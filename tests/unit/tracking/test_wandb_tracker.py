@@ -26,7 +26,9 @@ WAIT_S = 20.0
 
 def services(parent: int) -> list[int]:
     """Process ids of the wandb services that `parent` has started."""
-    listing = subprocess.run(["ps", "-A", "-ww", "-o", "ppid=,pid=,command="], capture_output=True, text=True, check=True)
+    listing = subprocess.run(
+        ["ps", "-A", "-ww", "-o", "ppid=,pid=,command="], capture_output=True, text=True, check=True
+    )
     rows = [line.split(None, 2) for line in listing.stdout.splitlines()]
     return [int(pid) for ppid, pid, command in rows if int(ppid) == parent and "wandb-core --" in command]
 
