@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from support import Command, commits, digest, epochs, train_all
 
-NUM_STEPS = 44
+NUM_STEPS = 120
 LENGTH = [f"train.max_steps={NUM_STEPS}", "checkpoint.steps=null"]
 MBIT = 20
 """Of every link at first: a step takes about a tenth of a second, so that there is time for something to happen."""
