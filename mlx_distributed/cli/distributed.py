@@ -11,6 +11,7 @@ from mlx_distributed.cli.bench.command import add_bench
 from mlx_distributed.cli.elastic.verbs import add_coordinator, add_launch, add_status
 from mlx_distributed.cli.errors import run
 from mlx_distributed.cli.plan.command import add_plan
+from mlx_distributed.cli.verb import add_verb
 
 EPILOG = """\
 examples:
@@ -41,18 +42,17 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    digest = verbs.add_parser(
+    digest = add_verb(
+        verbs,
         "digest",
-        help="print the SHA-256 of the state in a checkpoint",
+        _digest,
+        summary="print the SHA-256 of the state in a checkpoint",
         description="Print two lines, the SHA-256 of the parameters and of the optimizer state: equal for equal bits.",
         epilog=DIGEST_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     digest.add_argument(
         "path", type=Path, metavar="PATH", help="a checkpoint, or an output_dir, whose newest whole one is taken"
     )
-    digest.add_argument("--debug", action="store_true", help="print tracebacks")
-    digest.set_defaults(body=_digest)
     add_plan(verbs)
     add_bench(verbs)
     add_launch(verbs)

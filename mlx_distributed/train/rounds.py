@@ -46,8 +46,8 @@ def num_taken(phases: Phases, step: int) -> int:
 
 def num_steps(phases: Phases, step: int) -> int:
     """Of the round that ends with a step."""
-    before = _stops(phases)[: bisect_left(_stops(phases), step)]
-    return step - (before[-1] if before else 0)
+    place = bisect_left(_stops(phases), step)
+    return step - (_stops(phases)[place - 1] if place else 0)
 
 
 def _stops(phases: Phases) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_distributed.cli.bench.options import Options, read_options
 from mlx_distributed.cli.local import LocalGroup, worker_environment
+from mlx_distributed.cli.verb import Verbs, add_verb
 from mlx_distributed.config.checks import is_address
 from mlx_distributed.errors import ConfigError
 
@@ -72,7 +73,7 @@ _OPS = {
 }
 
 
-def add_bench(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_bench(verbs: Verbs[argparse.ArgumentParser]) -> None:
     """Register the verb."""
     bench = verbs.add_parser(
         "bench",
@@ -83,13 +84,7 @@ def add_bench(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     )
     ops = bench.add_subparsers(dest="op", metavar="WHAT", required=True)
     for op, (summary, description, sizes, num_rounds) in _OPS.items():
-        parser = ops.add_parser(
-            op,
-            help=summary,
-            description=description,
-            epilog=EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        parser = add_verb(ops, op, _bench, summary=summary, description=description, epilog=EPILOG)
         parser.add_argument("--nproc", metavar="N", help="ranks to start on this machine (default: 2)")
         parser.add_argument("--workers", metavar="N", help="ranks on as many machines, of which this is one")
         where = "address of this machine that the others reach; with --workers"
@@ -111,18 +106,15 @@ def add_bench(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         rounds = f"the median of so many is taken (default: {num_rounds})"
         parser.add_argument("--rounds", default=str(num_rounds), metavar="N", help=rounds)
         parser.add_argument("--json", action="store_true", help="print one JSON object per row and nothing else")
-        parser.add_argument("--debug", action="store_true", help="print tracebacks")
-        parser.set_defaults(body=_bench)
-    parser = ops.add_parser(
+    parser = add_verb(
+        ops,
         "join",
-        help="take part in a benchmark that another machine has begun",
+        _join,
+        summary="take part in a benchmark that another machine has begun",
         description="Be one of the ranks of a benchmark over several machines.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("string", metavar="STRING", help="that it has printed; - reads it from standard input")
-    parser.add_argument("--debug", action="store_true", help="print tracebacks")
-    parser.set_defaults(body=_join)
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mlx_distributed.cli.verb import Verbs, add_config, add_verb
+
 COORDINATOR_EPILOG = """\
 examples:
   mlx-distributed coordinator --config my.yaml elastic.listen=192.168.1.20:4000
@@ -43,37 +45,36 @@ exit status: 0 done; 1 nobody answers; 2 there is no coordinator in the folder, 
 """
 
 
-def add_coordinator(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_coordinator(verbs: Verbs[argparse.ArgumentParser]) -> None:
     """Add the verb `coordinator`."""
-    verb = verbs.add_parser(
+    verb = add_verb(
+        verbs,
         "coordinator",
-        help="coordinate an elastic run, without workers on this machine",
+        _coordinate,
+        summary="coordinate an elastic run, without workers on this machine",
         description="Coordinate a run whose workers are on other machines, or in other commands on this one.",
         epilog=COORDINATOR_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verb.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file of the run")
+    add_config(verb)
     verb.add_argument("--output-dir", metavar="DIR", help="where its journal is written (output_dir)")
-    verb.add_argument("--debug", action="store_true", help="print tracebacks")
-    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a value of the file")
-    verb.set_defaults(body=_coordinate)
 
 
-def add_launch(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_launch(verbs: Verbs[argparse.ArgumentParser]) -> None:
     """Add the verb `launch`."""
-    verb = verbs.add_parser(
+    verb = add_verb(
+        verbs,
         "launch",
-        help="train on this machine and, over SSH, on others",
+        _launch,
+        summary="train on this machine and, over SSH, on others",
         description="Start an elastic run on this machine, and have other machines join it over SSH.",
         epilog=LAUNCH_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     hosts = verb.add_mutually_exclusive_group(required=True)
     hosts.add_argument("--hosts", metavar="A,B,...", help="other machines, named as for ssh")
     hosts.add_argument(
         "--hostfile", type=Path, metavar="JSON", help="file that names them, as of mlx.launch: ssh and ips are read"
     )
-    verb.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file of the run")
+    add_config(verb)
     verb.add_argument(
         "--nproc", metavar="N", help="workers on this machine (parallel.nproc); 0 has it coordinate and not train"
     )
@@ -84,23 +85,19 @@ def add_launch(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     verb.add_argument("--cwd", metavar="DIR", help="folder on the hosts to start it in (the home folder)")
     verb.add_argument("--ssh", default="ssh", metavar="CMD", help="client, with options: 'ssh -F FILE -p 2222' (ssh)")
-    verb.add_argument("--debug", action="store_true", help="print tracebacks")
-    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a value of the file")
-    verb.set_defaults(body=_launch)
 
 
-def add_status(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_status(verbs: Verbs[argparse.ArgumentParser]) -> None:
     """Add the verb `status`."""
-    verb = verbs.add_parser(
+    verb = add_verb(
+        verbs,
         "status",
-        help="show the workers of an elastic run, and how far it is",
+        _status,
+        summary="show the workers of an elastic run, and how far it is",
         description="Ask the coordinator of a run for its workers, the last step taken, and who is waited for.",
         epilog=STATUS_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verb.add_argument("run", metavar="STRING-or-DIR", help="the join string, or the output_dir of the coordinator")
-    verb.add_argument("--debug", action="store_true", help="print tracebacks")
-    verb.set_defaults(body=_status)
 
 
 # What these import takes a moment, which `--help` and a mistyped verb need not wait for.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from mlx_distributed.cli.verb import Verbs, add_config, add_verb
 
 EPILOG = """\
 examples:
@@ -22,24 +23,22 @@ exit status: 0 it fits; 2 it does not, or the configuration, the data or an argu
 """
 
 
-def add_plan(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_plan(verbs: Verbs[argparse.ArgumentParser]) -> None:
     """Add the verb `plan`."""
-    verb = verbs.add_parser(
+    verb = add_verb(
+        verbs,
         "plan",
-        help="predict memory and time of a run, and whether it fits",
+        _plan,
+        summary="predict memory and time of a run, and whether it fits",
         description="Predict memory, step time and traffic of each worker, and name the best schedule of a pipeline.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verb.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file of the run")
+    add_config(verb)
     verb.add_argument("--nproc", metavar="N", help="workers (parallel.nproc)")
     verb.add_argument("--speeds", metavar="A,B,...", help="of the workers, relative to --flops (default: 1)")
     verb.add_argument("--memory", metavar="A,B,...", help="of the workers, such as 16GB,8GB (default: of this machine)")
     verb.add_argument("--flops", metavar="N", help="operations per second, such as 3.5T (default: measured here)")
     verb.add_argument("--link", default="1Gbit", metavar="RATE", help="between neighbours, per second (1Gbit)")
-    verb.add_argument("--debug", action="store_true", help="print tracebacks")
-    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a value of the file")
-    verb.set_defaults(body=_plan)
 
 
 def _plan(args: argparse.Namespace) -> int:
