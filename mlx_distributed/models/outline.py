@@ -129,7 +129,7 @@ class _Probe:
         self.counter = DrawCounter()
         self.model.train()
         for part, cls, watch in watched:
-            part.__class__, part.probe = _watched(cls, watch), self
+            part.__class__, part.probe = mixed(watch, cls), self
         try:
             self.model(mx.zeros((1, self.length), mx.int32))
         except (AttributeError, LookupError, TypeError, ValueError) as error:
@@ -187,8 +187,9 @@ class _Embedding:
 
 
 @cache
-def _watched(cls: type[nn.Module], watch: type) -> type[nn.Module]:
-    return type(cls.__name__, (watch, cls), {})
+def mixed(mixin: type, cls: type[nn.Module]) -> type[nn.Module]:
+    """The class of a module with something mixed in, always the same one for the same two."""
+    return type(cls.__name__, (mixin, cls), {})
 
 
 def _is_mask(value: object, length: int) -> bool:

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_distributed.errors import ConfigError
-from mlx_distributed.models.outline import Outline, describe, refusal
+from mlx_distributed.models.outline import Outline, describe, mixed, refusal
 from mlx_distributed.models.prepare import Absent
 from mlx_distributed.models.random_state import skip_draws
 
@@ -108,22 +107,23 @@ def _remove(model: nn.Module, modules: dict[str, nn.Module], outline: Outline, s
     passage = _Passage(outline.draws[span.start])
     for number in range(outline.num_layers):
         if not span.start <= number < span.stop:
-            _replace(modules[f"{outline.layers}.{number}"], _before if number < span.start else _after, passage)
+            _replace(modules[f"{outline.layers}.{number}"], _Before if number < span.start else _After, passage)
     if not span.is_first and not (span.is_last and outline.tied):
         for name in outline.embedding:
-            _replace(modules[name], _embedding, passage)
+            _replace(modules[name], _Embedding, passage)
     if not span.is_last:
         for name in outline.norm_and_head:
             _strip(modules[name])
     stage: Any = model
-    stage.__class__ = _staged(type(model))
+    stage.__class__ = mixed(Stage, type(model))
     stage.span, stage._passage = span, passage
     return stage
 
 
-def _replace(module: Any, class_of: Any, passage: _Passage) -> None:
+def _replace(module: Any, mixin: type, passage: _Passage) -> None:
     _strip(module)
-    module.__class__ = class_of(type(module))
+    cls: type[nn.Module] = type(module)
+    module.__class__ = mixed(mixin, cls)
     module.passage = passage
 
 
@@ -183,23 +183,3 @@ class _After(Absent):
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> mx.array:
         raise _Handover(next(iter((*args, *kwargs.values()))))
-
-
-@cache
-def _embedding(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(cls.__name__, (_Embedding, cls), {})
-
-
-@cache
-def _before(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(cls.__name__, (_Before, cls), {})
-
-
-@cache
-def _after(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(cls.__name__, (_After, cls), {})
-
-
-@cache
-def _staged(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(cls.__name__, (Stage, cls), {})
