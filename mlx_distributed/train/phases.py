@@ -125,6 +125,10 @@ class Phases:
         """All that is computed in a step."""
         return Work(step, self.plan.microbatches(step))
 
+    def batch(self, work: Work, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and loss mask [B, L] of a micro-batch of `work`."""
+        return collate([self.rows[row] for row in work.microbatches[number]])
+
     def rate(self, step: int) -> float:
         """The learning rate of a step, from 0."""
         return learning_rate(self.config.scheduler, self.config.optimizer.learning_rate, step, self.plan.num_steps)
@@ -177,7 +181,7 @@ class Phases:
             By bucket, those of the tally last: all partial sums that this rank holds then.
         """
         for i in leaves:
-            tokens, loss_mask = collate([self.rows[row] for row in work.microbatches[i]])
+            tokens, loss_mask = self.batch(work, i)
             sums.tally.num_tokens[i] = loss_mask[:, 1:].sum()
             index = work.first + i
             loss, gradients = self.gradients(state, mx.array(tokens), mx.array(loss_mask), work.step, index)

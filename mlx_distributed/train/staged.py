@@ -14,7 +14,7 @@ from mlx_distributed.comm.buckets import Arrays, BucketLayout, to_buckets
 from mlx_distributed.comm.tree_sum import Node, cover
 from mlx_distributed.config import Config
 from mlx_distributed.data.plan import Plan
-from mlx_distributed.data.tokenize import Row, collate
+from mlx_distributed.data.tokenize import Row
 from mlx_distributed.errors import CommError
 from mlx_distributed.parallel.schedule import Schedule
 from mlx_distributed.train.phases import Phases, Reduced, Sums, Work
@@ -104,7 +104,7 @@ class StagePhases(Phases):
         """See `Phases.add`; all workers of the pipeline are given the same micro-batches."""
         batches = []
         for i in leaves:
-            tokens, loss_mask = collate([self.rows[row] for row in work.microbatches[i]])
+            tokens, loss_mask = self.batch(work, i)
             sums.tally.num_tokens[i] = loss_mask[:, 1:].sum()
             seed = self.dropout_seed(work.step, work.first + i)
             batches.append(Microbatch(mx.array(tokens), mx.array(loss_mask), seed))
