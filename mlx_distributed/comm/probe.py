@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import time
+from collections import deque
 
 from mlx_distributed.comm.link_speed import LinkSpeed, both_ways
 from mlx_distributed.comm.session import Session
@@ -24,7 +25,11 @@ FIRST_BYTES, EQUAL_MESSAGES = 16 << 10, 8
 """Of a message, and how many there are of the same size before they are twice as large: a slow link must bring several
 messages in `PROBE_S`, and a fast one is not to be busy with their headers."""
 MAX_BYTES = 256 << 10
+MAX_UNREAD_BYTES = 4 << 20
 NUM_PINGS = 3
+
+_READ = b"r"
+"""Said for each message that was read."""
 
 _WHAT = "the measurement of a link"
 
@@ -81,24 +86,69 @@ async def _ping(session: Session, peer: int, tag: int) -> float:
 
 async def _exchange(session: Session, peer: int, tag: int) -> float:
     """Send to a peer for a while, as it does to us; the bytes per second that have come from it."""
-    sending = asyncio.create_task(_send(session, peer, tag))
-    num_counted, begun_s = 0, time.perf_counter()
-    while num_bytes := len((await session.take(peer, tag, _WHAT))[0]):
-        if WARMUP_S <= time.perf_counter() - begun_s < PROBE_S:
-            num_counted += num_bytes
-    await sending
-    return num_counted / (PROBE_S - WARMUP_S)
+    flow = Flow()
+    sending = asyncio.create_task(_send(session, peer, tag, flow))
+    num_counted, num_received, begun_s, ended_s = 0, 0, time.perf_counter(), 0.0
+    try:
+        while not (ended_s and flow.ended):
+            num_bytes = len((await session.take(peer, tag, _WHAT))[0])
+            if num_bytes == len(_READ):
+                flow.read()
+                continue
+            _post(session, peer, tag, _READ)
+            passed_s = time.perf_counter() - begun_s
+            num_received += num_bytes
+            if WARMUP_S <= passed_s < PROBE_S:
+                num_counted += num_bytes
+            if num_bytes == 0:
+                ended_s = passed_s
+    finally:
+        sending.cancel()
+    # A slow link may bring its first message after the time in which fast ones are counted.
+    return max(num_counted / (PROBE_S - WARMUP_S), num_received / ended_s)
 
 
-async def _send(session: Session, peer: int, tag: int) -> None:
+class Flow:
+    """What was sent to a peer and it has not read yet: no more than twice what it has read. All that waits on the way
+    holds up what comes later, for minutes where a link has just become slow."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        """The last message, with nothing in it, was read."""
+        self._unread, self._num_read = deque[int](), 0
+        self._has_read = asyncio.Event()
+
+    async def room(self) -> None:
+        """Wait until another message may be sent."""
+        while sum(self._unread) > min(FIRST_BYTES + 2 * self._num_read, MAX_UNREAD_BYTES):
+            self._has_read.clear()
+            await self._has_read.wait()
+
+    def sent(self, num_bytes: int) -> None:
+        self._unread.append(num_bytes)
+
+    def read(self) -> None:
+        """The peer has read the oldest message."""
+        if not self._unread:
+            return  # It says so more often than there were any.
+        num_bytes = self._unread.popleft()
+        self._num_read += num_bytes
+        self.ended = num_bytes == 0
+        self._has_read.set()
+
+
+async def _send(session: Session, peer: int, tag: int, flow: Flow) -> None:
     """Send for a while, and then a message with nothing in it."""
     limit_s, payload = time.perf_counter() + PROBE_S, memoryview(bytes(MAX_BYTES))
     for number in itertools.count():
-        await session.room(session.links[peer])
-        if time.perf_counter() >= limit_s or session.failure is not None:
+        await flow.room()
+        if time.perf_counter() >= limit_s:
             break
-        _post(session, peer, tag, payload[: FIRST_BYTES << number // EQUAL_MESSAGES])
+        message = payload[: FIRST_BYTES << number // EQUAL_MESSAGES]
+        _post(session, peer, tag, message)
+        flow.sent(len(message))
     _post(session, peer, tag)
+    flow.sent(0)
 
 
 def _post(session: Session, peer: int, tag: int, payload: bytes | memoryview = b"") -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import asyncio
 import itertools
+from collections import deque
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from mlx_distributed.comm.buckets import make_layout, to_buckets
 from mlx_distributed.comm.grpc_comm import GrpcComm
 from mlx_distributed.comm.link_speed import ALIKE, UNKNOWN, LinkSpeed, both_ways, levelled, to_measure
-from mlx_distributed.comm.probe import counted
+from mlx_distributed.comm.probe import FIRST_BYTES, MAX_BYTES, Flow, counted
 from mlx_distributed.comm.reduction import ownership
 from mlx_distributed.errors import CommError
 from mlx_distributed.testing import run_ranks
@@ -103,3 +105,29 @@ def test_a_rank_that_is_lost_meanwhile_is_named() -> None:
     error, *_ = run_ranks(2, body)
     assert isinstance(error, CommError)
     assert (error.peer, error.reason) == (1, "a full disk")
+
+
+@given(st.lists(st.integers(1, MAX_BYTES), min_size=1), st.data())
+def test_no_more_is_under_way_than_a_message_and_twice_what_was_read(sizes: list[int], data: st.DataObject) -> None:
+    async def body() -> None:
+        flow, unread, num_read = Flow(), deque[int](), 0
+        flow.read()  # of nothing
+        for size in sizes:
+            room = asyncio.create_task(flow.room())
+            await asyncio.sleep(0)
+            while unread and (not room.done() or data.draw(st.booleans())):
+                num_read += unread.popleft()
+                flow.read()
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+            assert room.done()
+            assert sum(unread) <= FIRST_BYTES + 2 * num_read
+            flow.sent(size)
+            unread.append(size)
+            assert not flow.ended
+        flow.sent(0)
+        for _ in range(len(unread) + 3):
+            flow.read()
+        assert flow.ended
+
+    asyncio.run(body())
