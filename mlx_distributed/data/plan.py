@@ -9,13 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import numpy as np
 
+from mlx_distributed.config.schema import LENGTH_MULTIPLE
+from mlx_distributed.data.packing import best_fit, cut_by_length, deal
+
 WINDOW_STEPS = 64
 """Rows are sorted by length within so many global batches. Larger windows save little padding and mix less."""
+MICROBATCH_OVERHEAD = 64
+"""Tokens of padding that are put up with to have a micro-batch less."""
 
 _EPOCH, _PASS, _MICROBATCH = range(3)  # what a sequence of keys is for
 _MASK = (1 << 64) - 1
@@ -46,9 +51,11 @@ class Plan:
 
     An epoch draws every row of a source with weight 1 once, and of a source with weight w and n rows the next
     round(w * n) (at least one) of an endless sequence of shuffled passes, so that weight 0.5 shows the other half in
-    the next epoch. Rows of similar length share a micro-batch, and the micro-batches are shuffled over a window of
-    steps, so that a step mixes lengths. The last step of an epoch may be smaller than the others, and nothing is
-    dropped.
+    the next epoch. Rows of similar length are put into groups, and the groups are shuffled over a window of steps, so
+    that a step mixes lengths. The last step of an epoch may be smaller than the others, and nothing is dropped.
+
+    A group is a micro-batch, unless rows are packed or micro-batches are limited by their tokens: then the rows of a
+    step are divided anew. Which rows a step trains does not depend on `packing`.
     """
 
     lengths: Sequence[int]
@@ -62,11 +69,25 @@ class Plan:
     epochs: float = 1.0
     max_steps: int | None = None
     """Wins over `epochs`."""
+    micro_batch_tokens: int | None = None
+    """In place of `micro_batch_size`."""
+    packing: bool = False
 
     @property
     def num_microbatches(self) -> int:
-        """Of a full step."""
+        """Of a full step; where micro-batches are limited by their tokens, the most in one of the first steps."""
+        if self.micro_batch_tokens is not None:
+            return max(len(self.microbatches(step)) for step in range(min(self.steps_per_epoch, WINDOW_STEPS)))
         return self.global_batch_size // self.micro_batch_size
+
+    @cached_property
+    def group_size(self) -> int:
+        """Rows of similar length that go into a step together: as many as a micro-batch holds, about."""
+        if self.micro_batch_tokens is None:
+            return self.micro_batch_size
+        fitting = self.micro_batch_tokens * len(self.lengths) // sum(self.lengths)
+        sizes = range(1, min(fitting, self.global_batch_size) + 1)
+        return max((size for size in sizes if not self.global_batch_size % size), default=1)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -80,12 +101,41 @@ class Plan:
         return max(1, math.ceil(self.epochs * self.steps_per_epoch - 1e-9))
 
     def microbatches(self, step: int) -> list[tuple[int, ...]]:
-        """Row numbers of each micro-batch of step `step` (from 0), at most `num_microbatches` of them."""
-        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
-        start = step_of_epoch * self.num_microbatches
-        microbatches = _epoch(self, epoch)[start : start + self.num_microbatches]
-        costs = [len(rows) * max(self.lengths[row] for row in rows) for rows in microbatches]
+        """Row numbers of each micro-batch of step `step` (from 0). Their number may differ from step to step."""
+        microbatches = self._divide(self.groups(step))
+        costs = [self._size(rows) for rows in microbatches]
         return [microbatches[i] for i in balanced_order(costs)]
+
+    def groups(self, step: int) -> list[tuple[int, ...]]:
+        """Row numbers of each group of a step."""
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        num_groups = self.global_batch_size // self.group_size
+        return _epoch(self, epoch)[step_of_epoch * num_groups : (step_of_epoch + 1) * num_groups]
+
+    def _divide(self, groups: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """The micro-batches of a step of these groups."""
+        if self.micro_batch_tokens is None and not self.packing:
+            return groups
+        rows = sorted((row for group in groups for row in group), key=lambda row: self.lengths[row])
+        lengths = [self.lengths[row] for row in rows]
+        if self.micro_batch_tokens is None:
+            bins = deal(lengths, len(groups))
+        elif self.packing:
+            limit = self.micro_batch_tokens // LENGTH_MULTIPLE * LENGTH_MULTIPLE
+            tight = best_fit(lengths, limit)
+            even = deal(lengths, len(tight))  # All wait for the slowest, so this is better where it fits as well.
+            fits = max(sum(lengths[i] for i in numbers) for numbers in even) <= limit
+            bins = even if fits else tight
+        else:
+            padded = [_round_up(length) for length in lengths]
+            runs = cut_by_length(padded, MICROBATCH_OVERHEAD, self.micro_batch_tokens)
+            bins = [list(range(start, stop)) for start, stop in runs]
+        return [tuple(rows[i] for i in numbers) for numbers in bins]
+
+    def _size(self, rows: tuple[int, ...]) -> int:
+        """Of a micro-batch, in tokens."""
+        lengths = [self.lengths[row] for row in rows]
+        return sum(lengths) if self.packing else len(lengths) * max(lengths)
 
 
 def balanced_order(costs: Sequence[float]) -> list[int]:
@@ -115,6 +165,10 @@ def balanced_order(costs: Sequence[float]) -> list[int]:
     return arrange(sorted(range(len(costs)), key=lambda item: -costs[item]))
 
 
+def _round_up(length: int) -> int:
+    return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+
+
 def _num_draws(span: tuple[int, int, float]) -> int:
     start, stop, weight = span
     return max(1, round(weight * (stop - start))) if stop > start else 0
@@ -136,20 +190,20 @@ def _draws(plan: Plan, source: int, epoch: int) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def _epoch(plan: Plan, epoch: int) -> list[tuple[int, ...]]:
-    """All micro-batches of an epoch in the order of use."""
+    """All groups of an epoch in the order of use."""
     rows = np.concatenate([_draws(plan, source, epoch) for source in range(len(plan.spans))])
     rows = rows[np.argsort(random_keys(len(rows), plan.seed, _EPOCH, epoch), kind="stable")]
     lengths = np.asarray(plan.lengths)[rows]
     window = WINDOW_STEPS * plan.global_batch_size
     # The last window takes the rest, since a small window of its own would mix lengths badly.
     edges = [*range(0, max(len(rows) // window, 1) * window, window), len(rows)]
-    microbatches: list[tuple[int, ...]] = []
+    groups: list[tuple[int, ...]] = []
     for start, stop in pairwise(edges):
         by_length = rows[start:stop][np.argsort(lengths[start:stop], kind="stable")]
-        short = len(by_length) % plan.micro_batch_size
-        full = by_length[short:].reshape(-1, plan.micro_batch_size)
+        short = len(by_length) % plan.group_size
+        full = by_length[short:].reshape(-1, plan.group_size)
         order = np.argsort(random_keys(len(full), plan.seed, _MICROBATCH, epoch, start), kind="stable")
-        microbatches += [tuple(row) for row in full[order].tolist()]
+        groups += [tuple(row) for row in full[order].tolist()]
         if short:  # only in the last window, since the others are whole global batches
-            microbatches.append(tuple(by_length[:short].tolist()))
-    return microbatches
+            groups.append(tuple(by_length[:short].tolist()))
+    return groups

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -9,8 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_distributed.config.schema import LENGTH_MULTIPLE
+from mlx_distributed.data.batch import collate, pack
 from mlx_distributed.data.plan import Plan, balanced_order, random_keys
+from mlx_distributed.data.tokenize import Row
 from mlx_distributed.parallel.data import share
+
+ALPACA = (np.random.default_rng(0).lognormal(5, 0.8, 2000).astype(int) + 1).tolist()
+"""Lengths like those of real rows."""
 
 
 def rows_of(plan: Plan, steps: range) -> list[int]:
@@ -92,8 +100,8 @@ def test_a_tiny_weight_still_shows_a_row() -> None:
 
 
 def test_little_padding_and_mixed_steps() -> None:
-    lengths = np.random.default_rng(0).lognormal(5, 0.8, 2000).astype(int) + 1
-    plan = one_source(lengths.tolist(), 32, 8)
+    lengths = np.asarray(ALPACA)
+    plan = one_source(ALPACA, 32, 8)
     tokens = padded = 0
     means = []
     for step in range(plan.num_steps):
@@ -104,6 +112,64 @@ def test_little_padding_and_mixed_steps() -> None:
     assert 1 - tokens / padded < 0.06
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.5
     assert np.std(means) < 0.75 * lengths.std()
+
+
+def ways(lengths: list[int], global_batch_size: int, micro_batch_size: int, budget: int) -> list[list[Plan]]:
+    """Plans that train the same rows in each step, in two lists."""
+    plan = one_source(lengths, global_batch_size, micro_batch_size)
+    return [
+        [replace(plan, packing=packing, micro_batch_tokens=limit) for packing in (False, True)]
+        for limit in (None, budget)
+    ]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(2, 90), min_size=1, max_size=120), st.integers(1, 4), st.integers(1, 5), st.integers(90, 400)
+)
+def test_packing_does_not_change_what_a_step_trains(lengths: list[int], m: int, num: int, budget: int) -> None:
+    for plans in ways(lengths, m * num, m, budget):
+        for step in range(2 * plans[0].steps_per_epoch):
+            side_by_side, packed = (sorted(rows_of(plan, range(step, step + 1))) for plan in plans)
+            assert side_by_side == packed
+            assert all(rows for plan in plans for rows in plan.microbatches(step))
+        for plan in plans:
+            rows = rows_of(plan, range(plan.steps_per_epoch))
+            assert sorted(rows) == list(range(len(lengths)))
+
+
+def shape(plan: Plan, rows: tuple[int, ...]) -> tuple[int, int]:
+    made = [Row(np.zeros(plan.lengths[row], np.int32), np.zeros(plan.lengths[row], np.bool_)) for row in rows]
+    multiple = 1 if plan.micro_batch_tokens is None and not plan.packing else LENGTH_MULTIPLE
+    return (pack if plan.packing else collate)(made, multiple).tokens.shape
+
+
+@pytest.mark.parametrize(
+    ("global_batch_size", "micro_batch_size", "budget"), [(32, 8, 1416), (16, 4, 4096), (8, 8, 1500)]
+)
+def test_padding_budgets_and_few_shapes(global_batch_size: int, micro_batch_size: int, budget: int) -> None:
+    lengths = [min(length, 1410) for length in ALPACA]
+    for plan in itertools.chain(*ways(lengths, global_batch_size, micro_batch_size, budget)):
+        steps = [[shape(plan, rows) for rows in plan.microbatches(step)] for step in range(plan.num_steps)]
+        sizes = [num_rows * length for step in steps for num_rows, length in step]
+        assert 1 - sum(lengths) / sum(sizes) <= (0.02 if plan.packing else 0.06)
+        if plan.micro_batch_tokens is not None:
+            assert max(sizes) <= budget
+        if plan.packing or plan.micro_batch_tokens is not None:
+            assert all(length % LENGTH_MULTIPLE == 0 for step in steps for _, length in step)
+        if plan.packing:
+            fewest = [math.ceil(sum(length for _, length in step) / budget) for step in steps]
+            spreads = [max(length for _, length in step) - min(length for _, length in step) for step in steps]
+            if plan.micro_batch_tokens is None:
+                assert np.mean(spreads) <= np.mean(lengths)
+            else:
+                assert sum(map(len, steps)) <= 1.1 * sum(fewest) + 1
+
+
+def test_a_large_budget_takes_a_step_at_once() -> None:
+    plan = replace(one_source(ALPACA, 8, 8), micro_batch_tokens=1 << 20, packing=True)
+    assert {len(plan.microbatches(step)) for step in range(plan.num_steps)} == {1}
+    assert (plan.num_microbatches, plan.group_size) == (1, 8)
 
 
 @given(st.lists(st.integers(1, 1000), max_size=70))
