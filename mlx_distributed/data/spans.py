@@ -66,14 +66,13 @@ def lay_out(conversation: Conversation, template: ChatTemplate) -> Layout | Inva
         span = None
         if pieces:
             following = conversation.messages[number + 1].content if number + 1 < len(messages) else None
-            region = _between(text, before, message, pieces[index], pieces[index + 1], following)
+            region = _between(text, before, message, pieces[index], pieces[index + 1], following, template)
             span = region and _before_stop(text, *region, message, template)
         if not span:
             region = _by_prefix(text, before.end, messages[: number + 1], tools, template)
             span = region and _with_stop(text, *region, message, template)
-        if not span:
-            what = "does not show a function call" if message.tool_calls else "changes the text of an assistant turn"
-            return Invalid(f"the chat template {what}", f"message {number + 1}")
+        if not span or span.start < before.stop:  # It may have been found in a later turn that says the same.
+            return Invalid(f"the chat template {_lacks(message)}", f"message {number + 1}")
         found.append(span)
         before = span
     return Layout(text, tuple(found))
@@ -94,7 +93,7 @@ def _pieces(
 
 
 def _between(
-    text: str, before: Span, message: Message, head: str, tail: str, following: str | None
+    text: str, before: Span, message: Message, head: str, tail: str, following: str | None, template: ChatTemplate
 ) -> tuple[int, int] | None:
     """The turn that the template puts between `head` and `tail`, without its stop token.
 
@@ -105,33 +104,30 @@ def _between(
         head: the template's text since the turn before.
         tail: the template's text up to the next turn.
         following: content of the next message, None after the last.
+        template: of the run.
     """
-    said = message.content.strip()
-    at = before.end
     # Where the template keeps the white space at the end of a turn, it stands before what follows the mark.
-    heads = range(at, _skip_space(text, at) + 1)
+    heads = range(before.end, _skip_space(text, before.end) + 1)
     start = next((begin + len(head) for begin in heads if text.startswith(head, begin)), None)
-    if start is not None and not message.tool_calls:
-        first = _skip_space(text, start)
-        if text.startswith(said, first):
-            return start, first + len(said)
+    if start is None:  # The header is another one, as where it holds an empty reasoning and the turn has its own.
+        return None
+    said, first = message.content.strip(), _skip_space(text, start)
+    if not message.tool_calls and text.startswith(said, first):
+        return start, first + len(said)
     # The template shows the turn otherwise than given (function calls, no reasoning): what follows tells its end.
-    end = _find_tail(text, at if start is None else start, tail, following)
-    if start is not None:
-        return (start, end) if end >= start else None
-    # The header is another one, as where it holds an empty reasoning and the turn has its own.
-    end = at + len(text[at : max(end, at)].rstrip())
-    verbatim = not message.tool_calls and text.endswith(said, at, end)
-    return (end - len(said), end) if verbatim else None
-
-
-def _find_tail(text: str, at: int, tail: str, following: str | None) -> int:
-    """Where the template's text behind a turn begins, from `at` on; -1 if it is nowhere."""
     if following is None:
-        return len(text) - len(tail) if text.endswith(tail) else -1
-    # No more than the next message: the header of the assistant turn behind it may be another one here too.
-    cut = tail.find(following.strip())
-    return text.find(tail if cut < 0 else tail[: cut + len(following.strip())], at)
+        end = len(text) - len(tail) if text.endswith(tail) else -1
+    else:
+        end = text.find(_up_to(following.strip(), tail, template), start)
+    return (start, end) if end >= start else None
+
+
+def _up_to(following: str, tail: str, template: ChatTemplate) -> str:
+    """The template's text behind a turn, with its stop token and no more than the next message: the header of the
+    assistant turn behind it may be another one in the whole conversation."""
+    stop = next((len(token) for token in template.stop_tokens if tail.startswith(token)), 0)
+    cut = tail.find(following, stop)
+    return tail if cut < 0 else tail[: cut + len(following)]
 
 
 def _by_prefix(
@@ -162,6 +158,8 @@ def _with_stop(text: str, start: int, end: int, message: Message, template: Chat
 
 def _before_stop(text: str, start: int, end: int, message: Message, template: ChatTemplate) -> Span | None:
     """The span of a turn that stands in ``[start, end)`` without its stop token; None if it says otherwise."""
+    kept = message.content[len(message.content.rstrip()) :]
+    end += len(kept) if text.startswith(kept, end) else 0
     first = _skip_space(text, end)
     token = next((token for token in template.stop_tokens if text.startswith(token, first)), None)
     span = Span(start, end, end if token is None else first + len(token))
@@ -170,12 +168,34 @@ def _before_stop(text: str, start: int, end: int, message: Message, template: Ch
 
 def _says(shown: str, message: Message) -> bool:
     """Whether `shown` is the message, but for white space and reasoning, which templates add empty or strip."""
-    if message.tool_calls:
-        return all(call.name in shown for call in message.tool_calls)
-    if shown == message.content:
+    if shown == message.content and not message.tool_calls:
         return True
     said, shown = "".join(message.content.split()), "".join(shown.split())
-    return bool(shown) and (said.endswith(shown) or shown.endswith(said))
+    if message.tool_calls:
+        return said.rpartition("</think>")[2] in shown and _shows_calls(shown, message)
+    if shown.endswith(said):
+        return bool(said)
+    # Reasoning ends in a tag: a template that strips anything else would teach a part of the turn.
+    return bool(shown) and said.endswith(shown) and said.removesuffix(shown)[-1] in ">]"
+
+
+def _lacks(message: Message) -> str:
+    """What is wrong with a template that does not say the message."""
+    if not message.tool_calls:
+        return "changes the text of an assistant turn"
+    return "does not show a function call" + (" and the text beside it" if message.content.strip() else "")
+
+
+def _shows_calls(shown: str, message: Message) -> bool:
+    """Whether the names of all calls are there in their order, and those of their arguments."""
+    at = 0
+    for call in message.tool_calls:
+        name = "".join(call.name.split())
+        at = shown.find(name, at)
+        if at < 0 or any("".join(argument.split()) not in shown[at:] for argument in call.arguments):
+            return False
+        at += len(name)
+    return True
 
 
 def _skip_space(text: str, at: int) -> int:

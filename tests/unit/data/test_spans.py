@@ -125,6 +125,15 @@ def test_a_stop_token_in_the_data_does_not_end_the_turn(said: Said) -> None:
     assert said("marked", "q", "c<|im_end|>") == [("c<|im_end|>", "<|im_end|>")]
 
 
+def test_a_template_that_shows_a_part_of_the_calls_is_refused(make_tokenizer: Make) -> None:
+    first = "{% for m in messages %}{{ m.content }}{% if m.tool_calls %}{{ (m.tool_calls | first).function | tojson }}"
+    template = first + "{% endif %}<|end|>{% endfor %}"
+    calls = (CALL, ToolCall("find_all", {}))
+    message = Message("assistant", "", calls)
+    conversation = Conversation((Message("user", "q"), message, Message("tool", "r"), Message("assistant", "a")), TOOLS)
+    assert "does not show a function call" in str(lay_out(conversation, ChatTemplate(make_tokenizer(), template)))
+
+
 def test_markers_without_the_stop_token_and_around_more_than_the_text(said: Said) -> None:
     bare = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
     assert said(bare + "<|end|>{% else %}{{ m.content }}{% endif %}{% endfor %}", "q", "a") == [("a", "<|end|>")]
@@ -146,6 +155,11 @@ def test_markers_that_mark_something_else_are_not_used(said: Said) -> None:
         ("chatml", ("q", CALL), "does not show a function call: message 2"),
         ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", ("q", "abc"), "changes the text"),
         ("{{ messages[0].content }}", ("q", "a"), "changes the text of an assistant turn: message 2"),
+        ("{% for m in messages %}{{ m.content[2:] }}<|end|>{% endfor %}", ("qqq", "a long one"), "changes the text"),
+        ("strict", ("q", ("Look:", CALL), "r", "a"), "does not show a function call and the text beside it: message 2"),
+        ("reasoning", ("q", "<think>a</think>b</think>c"), "changes the text of an assistant turn: message 2"),
+        # The first turn is nothing but a thought, and so is empty; the second says the same, and is found for it.
+        ("reasoning", ("q", "hm</think>", "q", "hm</think>"), "changes the text of an assistant turn"),
         ("{% if messages | length < 3 %}{{ raise_exception('short') }}{% endif %}{{ messages[-1].content | upper }}",
          ("q", "a", "q", "b"), "changes the text"),
     ],
