@@ -16,7 +16,7 @@ from mlx_distributed.errors import DataError
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 HELD_OUT = {"valid", "validation", "val", "dev", "eval", "test"}
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
 
@@ -51,7 +51,7 @@ def _read(path: Path, source: SourceConfig) -> list[tuple[Place, object]]:
         return _read_folder(path, source)
     if path.exists():
         return _read_file(path, source)
-    if path.suffix not in SUFFIXES and _HUB_NAME.fullmatch(source.path):
+    if path.suffix not in SUFFIXES and HUB_NAME.fullmatch(source.path):
         return _read_hub(source)
     raise DataError(f"{path}: there is no such file; give a file, a folder or the name of a Hugging Face dataset")
 
@@ -59,6 +59,15 @@ def _read(path: Path, source: SourceConfig) -> list[tuple[Place, object]]:
 def _read_folder(folder: Path, source: SourceConfig) -> list[tuple[Place, object]]:
     if any((folder / name).exists() for name in ("state.json", "dataset_dict.json")):
         return _read_saved(folder, source)
+    return [row for path in list_folder(folder) for row in _read_file(path, source)]
+
+
+def list_folder(folder: Path) -> list[Path]:
+    """The files of a folder that is read whole, in the order of their rows.
+
+    Raises:
+        DataError: there are none, or some are for validation.
+    """
     files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
     if not files:
         raise DataError(f"{folder} holds no {', '.join(SUFFIXES)} file; give a folder with at least one")
@@ -68,7 +77,7 @@ def _read_folder(folder: Path, source: SourceConfig) -> list[tuple[Place, object
             f"{folder} holds a train file beside {', '.join(held_out)}, and a folder is read whole; "
             "name the files one by one under data.train and data.validation"
         )
-    return [row for path in files for row in _read_file(path, source)]
+    return files
 
 
 def _read_file(path: Path, source: SourceConfig) -> list[tuple[Place, object]]:

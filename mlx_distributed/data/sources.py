@@ -13,7 +13,8 @@ from mlx_distributed.data.files import Place, read_rows
 from mlx_distributed.data.formats import OPTIONAL, REQUIRED, ConcreteFormat, detect_format, normalise
 from mlx_distributed.data.messages import Conversation, Invalid
 from mlx_distributed.data.plan import random_keys
-from mlx_distributed.errors import DataError
+from mlx_distributed.data.streams import HEAD_ROWS, Mark, open_stream
+from mlx_distributed.errors import DataError, StreamError
 
 NUM_EXAMPLES = 5
 """Invalid rows that are shown."""
@@ -40,6 +41,8 @@ class DataReport:
     num_untrainable: int = 0
     """Rows without a trainable token, left out."""
     max_seq_length: int = 0
+    streaming: bool = False
+    """Of the training rows only the first of each source have been read."""
 
     def add_invalid(self, found: Sequence[tuple[Place, Invalid]]) -> DataReport:
         counts = Counter(self.invalid)
@@ -69,7 +72,8 @@ class DataReport:
         return f"{self.reasons}; the first: {'; '.join(self.examples)}"
 
     def lines(self) -> list[str]:
-        lines = [f"rows read: {self.num_rows} ({self.num_train} to train on, {self.num_validation} for validation)"]
+        rows = "first rows read; the others will be when they are needed" if self.streaming else "rows read"
+        lines = [f"{rows}: {self.num_rows} ({self.num_train} to train on, {self.num_validation} for validation)"]
         if self.invalid:
             lines.append(f"invalid rows skipped: {sum(self.invalid.values())} ({self.reasons})")
             lines += [f"  {example}" for example in self.examples]
@@ -95,6 +99,26 @@ class Corpus:
     train_places: tuple[Place, ...]
     validation_places: tuple[Place, ...]
     report: DataReport
+    refused: tuple[tuple[Place, Invalid], ...] = ()
+    """The rows that are in neither."""
+    empty_sources: tuple[str, ...] = ()
+    """Those without a valid row: key and path."""
+
+    def check(self, data: DataConfig) -> None:
+        """Raise DataError where there is too little to train on, or to validate with."""
+        report = self.report
+        report.check(data.max_invalid_fraction)
+        if self.empty_sources:
+            raise DataError(
+                f"{' and '.join(self.empty_sources)}: no valid row; {report.summary}. Mend the rows or remove the "
+                "source"
+            )
+        if not self.train or (data.val_fraction and not self.validation):
+            raise DataError(
+                f"of {report.num_rows} rows, {report.num_train} are left to train on and {report.num_validation} for "
+                f"validation (data.val_fraction={data.val_fraction:g}); both need at least one: change val_fraction or "
+                "give more rows"
+            )
 
 
 def read_corpus(data: DataConfig, seed: int) -> Corpus:
@@ -108,19 +132,27 @@ def read_corpus(data: DataConfig, seed: int) -> Corpus:
         DataError: a source is missing, unreadable, empty or of no known format; too many rows are invalid; nothing is
             left to train on or to validate with.
     """
+    corpus = gather(data, seed)
+    corpus.check(data)
+    return corpus
+
+
+def gather(data: DataConfig, seed: int) -> Corpus:
+    """As `read_corpus`, but however few rows are valid."""
     train: list[tuple[Conversation, Place]] = []
     validation: list[tuple[Conversation, Place]] = []
-    report = DataReport(max_seq_length=data.max_seq_length)
+    report = DataReport(max_seq_length=data.max_seq_length, streaming=data.streaming)
     weights: list[tuple[int, int, float]] = []
-    without_rows: list[str] = []
+    refused: list[tuple[Place, Invalid]] = []
+    empty_sources: list[str] = []
     for key, sources in (("data.train", data.train), ("data.validation", data.validation)):
         for number, source in enumerate(sources):
             rows = _read(source, data, f"{key}.{number}")
             valid = [(at, place, row) for at, (place, row) in enumerate(rows) if isinstance(row, Conversation)]
+            refused += [(place, row) for place, row in rows if isinstance(row, Invalid)]
             report = replace(report, num_rows=report.num_rows + len(rows))
-            report = report.add_invalid([(place, row) for place, row in rows if isinstance(row, Invalid)])
             if not valid:
-                without_rows.append(f"{key}.{number} ({source.path})")
+                empty_sources.append(f"{key}.{number} ({source.path})")
             held_out = np.full(len(rows), key == "data.validation")
             if key == "data.train":
                 held_out = choose_validation(len(rows), data.val_fraction, seed)
@@ -129,24 +161,31 @@ def read_corpus(data: DataConfig, seed: int) -> Corpus:
                 (validation if held_out[at] else train).append((row, place))
             if key == "data.train":
                 weights.append((start, len(train), source.weight))
-    report.check(data.max_invalid_fraction)
-    if without_rows:
-        raise DataError(
-            f"{' and '.join(without_rows)}: no valid row; {report.summary}. Mend the rows or remove the source"
-        )
-    if not train or (data.val_fraction and not validation):
-        raise DataError(
-            f"of {report.num_rows} rows, {len(train)} are left to train on and {len(validation)} for validation "
-            f"(data.val_fraction={data.val_fraction:g}); both need at least one: change val_fraction or give more rows"
-        )
     return Corpus(
         train=tuple(conversation for conversation, _ in train),
         validation=tuple(conversation for conversation, _ in validation),
         train_weights=tuple(weights),
         train_places=tuple(place for _, place in train),
         validation_places=tuple(place for _, place in validation),
-        report=replace(report, num_train=len(train), num_validation=len(validation)),
+        report=replace(report, num_train=len(train), num_validation=len(validation)).add_invalid(refused),
+        refused=tuple(refused),
+        empty_sources=tuple(empty_sources),
     )
+
+
+def read_head(source: SourceConfig) -> list[tuple[Place, object]]:
+    """The first rows of a source that is streamed.
+
+    Raises:
+        DataError: it cannot be read, or is empty.
+    """
+    try:
+        rows, _ = open_stream(source).read(Mark(), 0, HEAD_ROWS)
+    except (OSError, StreamError) as error:
+        raise DataError(f"{source.path} cannot be read: {error}") from error
+    if not rows:
+        raise DataError(f"{source.path} holds no rows; give a file with at least one")
+    return rows
 
 
 def choose_validation(num_rows: int, fraction: float, seed: int) -> np.ndarray:
@@ -159,7 +198,7 @@ def choose_validation(num_rows: int, fraction: float, seed: int) -> np.ndarray:
 
 
 def _read(source: SourceConfig, data: DataConfig, key: str) -> list[tuple[Place, Conversation | Invalid]]:
-    rows = read_rows(source)
+    rows = read_head(source) if data.streaming and key.startswith("data.train") else read_rows(source)
     format: ConcreteFormat
     format = detect_format((row for _, row in rows), source) if source.format == "auto" else source.format
     known = REQUIRED[format] + OPTIONAL[format]

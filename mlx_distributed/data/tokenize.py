@@ -1,13 +1,13 @@
-"""Conversations -> rows of tokens with the targets marked, and rows -> padded arrays.
+"""Conversations -> rows of tokens with the targets marked.
 
-Shapes: B rows, L tokens.
+Shapes: L tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -34,18 +34,33 @@ class Row:
     """bool [L], True where the token is a target; never the first token, which nothing predicts."""
     reference: tuple[int, int] = (0, 0)
     """First token of the last assistant turn, and the token after its last, its stop token not counted."""
+    num_cut: int = 0
+    """Tokens beyond `data.max_seq_length`, which the row has lost."""
 
 
 @dataclass(frozen=True)
 class TokenizedCorpus:
     train: list[Row]
     validation: list[Row]
+    train_places: tuple[Place, ...]
+    """Where each row of `train` stands."""
+    validation_places: tuple[Place, ...]
     weights: tuple[tuple[int, int, float], ...]
     """Per source: its first row in `train`, the row after its last, and its weight."""
     report: DataReport
     train_digest: str
     """SHA-256 of the tokens and masks of `train` and of `weights`: equal where two workers train on the same."""
     validation_digest: str
+
+
+class Outcome(NamedTuple):
+    """What became of a conversation."""
+
+    num_tokens: int
+    """Of all of it, however long; 0 where it is invalid."""
+    row: Row | None
+    """None where it is left out: invalid, too long, or without a trainable token."""
+    invalid: Invalid | None = None
 
 
 class _Turn(NamedTuple):
@@ -76,13 +91,41 @@ def tokenize_corpus(corpus: Corpus, tokenizer: Any, data: DataConfig) -> Tokeniz
         DataError: no chat template or no end token where one is needed; too many rows refused; a row too long under
             ``overlong: error``; no row left.
     """
-    encoder = _Encoder(tokenizer, data)
-    train, report = _tokenize(corpus.train, corpus.train_places, encoder, data, corpus.report)
-    validation, report = _tokenize(corpus.validation, corpus.validation_places, encoder, data, report)
+    return assemble(
+        corpus, tokenize_rows(corpus.train, tokenizer, data), tokenize_rows(corpus.validation, tokenizer, data), data
+    )
+
+
+def tokenize_rows(conversations: Sequence[Conversation], tokenizer: Any, data: DataConfig) -> Iterator[Outcome]:
+    """What becomes of each conversation, in order; `overlong: error` is for `assemble`, and is taken as `drop` here.
+
+    Raises:
+        DataError: no chat template or no end token where one is needed.
+    """
+    for encoded in _Encoder(tokenizer, data).encode(conversations):
+        if isinstance(encoded, Invalid):
+            yield Outcome(0, None, encoded)
+            continue
+        num_tokens = len(encoded.ids)
+        row = _row(encoded, data) if num_tokens <= data.max_seq_length or data.overlong == "truncate" else None
+        yield Outcome(num_tokens, row if row is not None and row.loss_mask.any() else None)
+
+
+def assemble(
+    corpus: Corpus, train_outcomes: Iterable[Outcome], validation_outcomes: Iterable[Outcome], data: DataConfig
+) -> TokenizedCorpus:
+    """What `tokenize_corpus` makes of the outcomes of a corpus.
+
+    Raises:
+        DataError: too many rows refused; a row too long under ``overlong: error``; no row left.
+    """
+    train, report = take(train_outcomes, corpus.train_places, data, corpus.report)
+    validation, report = take(validation_outcomes, corpus.validation_places, data, report)
     report.check(data.max_invalid_fraction)
     kept = np.cumsum([0, *(row is not None for row in train)]).tolist()
     weights = tuple((kept[start], kept[stop], weight) for start, stop, weight in corpus.train_weights)
-    train_rows, validation_rows = ([row for row in rows if row is not None] for rows in (train, validation))
+    train_rows, train_places = _kept(train, corpus.train_places)
+    validation_rows, validation_places = _kept(validation, corpus.validation_places)
     report = replace(report, num_train=len(train_rows), num_validation=len(validation_rows))
     for name, rows, given in (("training", train_rows, train), ("validation", validation_rows, validation)):
         if given and not rows:
@@ -93,18 +136,7 @@ def tokenize_corpus(corpus: Corpus, tokenizer: Any, data: DataConfig) -> Tokeniz
                 f"{sum(report.invalid.values())} are invalid; raise data.max_seq_length or mend the rows"
             )
     digests = _digest(train_rows, weights), _digest(validation_rows, ())
-    return TokenizedCorpus(train_rows, validation_rows, weights, report, *digests)
-
-
-def collate(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows -> tokens int32 [B, L] and loss mask bool [B, L], padded on the right with token 0, which is no target."""
-    length = max(len(row.tokens) for row in rows)
-    tokens = np.zeros((len(rows), length), np.int32)
-    loss_mask = np.zeros((len(rows), length), np.bool_)
-    for number, row in enumerate(rows):
-        tokens[number, : len(row.tokens)] = row.tokens
-        loss_mask[number, : len(row.tokens)] = row.loss_mask
-    return tokens, loss_mask
+    return TokenizedCorpus(train_rows, validation_rows, train_places, validation_places, weights, report, *digests)
 
 
 def prompt_and_reference(row: Row) -> tuple[np.ndarray, np.ndarray]:
@@ -113,36 +145,26 @@ def prompt_and_reference(row: Row) -> tuple[np.ndarray, np.ndarray]:
     return row.tokens[:start], row.tokens[start:end]
 
 
-def _tokenize(
-    conversations: Sequence[Conversation],
-    places: Sequence[Place],
-    encoder: _Encoder,
-    data: DataConfig,
-    report: DataReport,
+def take(
+    outcomes: Iterable[Outcome], places: Sequence[Place], data: DataConfig, report: DataReport
 ) -> tuple[list[Row | None], DataReport]:
-    """A row for every conversation, None where it is left out, and `report` with what was found added."""
+    """A row for every outcome, None where it is left out, and `report` with what was found added."""
     rows: list[Row | None] = []
     invalid: list[tuple[Place, Invalid]] = []
     num_overlong = num_untrainable = 0
-    for encoded, place in zip(encoder.encode(conversations), places, strict=True):
-        rows.append(None)
-        if isinstance(encoded, Invalid):
-            invalid.append((place, encoded))
+    for (num_tokens, row, refused), place in zip(outcomes, places, strict=True):
+        rows.append(row)
+        if refused is not None:
+            invalid.append((place, refused))
             continue
-        if len(encoded.ids) > data.max_seq_length:
-            if data.overlong == "error":
-                raise DataError(
-                    f"{place}: the row has {len(encoded.ids)} tokens, more than data.max_seq_length="
-                    f"{data.max_seq_length}; raise it, or set data.overlong to drop or truncate"
-                )
-            num_overlong += 1
-            if data.overlong == "drop":
-                continue
-        row = _row(encoded, data)
-        if row.loss_mask.any():
-            rows[-1] = row
-        else:
-            num_untrainable += 1
+        overlong = num_tokens > data.max_seq_length
+        if overlong and data.overlong == "error":
+            raise DataError(
+                f"{place}: the row has {num_tokens} tokens, more than data.max_seq_length="
+                f"{data.max_seq_length}; raise it, or set data.overlong to drop or truncate"
+            )
+        num_overlong += overlong
+        num_untrainable += row is None and not (overlong and data.overlong == "drop")
     counted = "num_truncated" if data.overlong == "truncate" else "num_dropped"
     report = replace(report, **{counted: getattr(report, counted) + num_overlong})
     report = replace(report, num_untrainable=report.num_untrainable + num_untrainable)
@@ -161,7 +183,13 @@ def _row(encoded: _Encoded, data: DataConfig) -> Row:
     loss_mask[:1] = False
     shown = [turn for turn in encoded.turns if turn.start < limit]
     reference = (shown[-1].start, min(shown[-1].end, limit)) if shown else (0, 0)
-    return Row(tokens, loss_mask[:limit], reference)
+    return Row(tokens, loss_mask[:limit], reference, len(encoded.ids) - len(tokens))
+
+
+def _kept(rows: Sequence[Row | None], places: Sequence[Place]) -> tuple[list[Row], tuple[Place, ...]]:
+    """The rows that are not left out, and where they stand."""
+    kept = [(row, place) for row, place in zip(rows, places, strict=True) if row is not None]
+    return [row for row, _ in kept], tuple(place for _, place in kept)
 
 
 class _Encoder:
@@ -213,6 +241,8 @@ class _Encoder:
         turns = []
         for span in layout.spans:
             start = bisect_right(offsets, span.start, key=after)
+            if start < len(offsets) and _is_of_header(layout.text, span.start, *offsets[start]):
+                start += 1
             end = bisect_left(offsets, span.end, lo=start, key=first)
             stop = bisect_left(offsets, span.stop, lo=end, key=first)
             turns.append(_Turn(start, end, stop))
@@ -263,6 +293,12 @@ class _Encoder:
         if decoded == text or normalizer is None:
             return bool(decoded == text)
         return bool(normalizer.normalize_str(decoded) == normalizer.normalize_str(text))
+
+
+def _is_of_header(text: str, at: int, start: int, end: int) -> bool:
+    """Whether the token ``[start, end)`` ends the header of the turn at `at`, and took white space from the turn, as
+    the special tokens of some tokenizers do."""
+    return bool(text[start:at].strip()) and not text[at:end].strip()
 
 
 def _digest(rows: list[Row], weights: tuple[tuple[int, int, float], ...]) -> str:

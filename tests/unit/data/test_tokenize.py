@@ -9,13 +9,15 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from mlx_distributed.config.schema import DataConfig
+from mlx_distributed.data.batch import collate
 from mlx_distributed.data.files import Place
 from mlx_distributed.data.messages import MARKS, Conversation, Message
 from mlx_distributed.data.sources import Corpus, DataReport
-from mlx_distributed.data.tokenize import Row, TokenizedCorpus, collate, prompt_and_reference, tokenize_corpus
+from mlx_distributed.data.tokenize import Row, TokenizedCorpus, prompt_and_reference, tokenize_corpus
 from mlx_distributed.errors import DataError
 
 Make = Callable[..., PreTrainedTokenizerFast]
@@ -160,6 +162,19 @@ def test_which_turns_are_trained_on(make_tokenizer: Make, train_on: str, eos: bo
     assert read(prompt_and_reference(row)[1], tokenizer) == "b"
 
 
+def test_white_space_that_ends_a_turn_is_of_the_turn(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer()
+    row = one(talk("q", "a \n", "q", "b "), tokenizer, train_on_eos=False)
+    assert labels(row, tokenizer) == ["a \n", "b "]
+
+
+def test_a_special_token_that_takes_white_space_from_the_turn_is_no_label(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|assistant|>", special=True, rstrip=True)], special_tokens=True)
+    template = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    assert labels(one(talk("q", " a"), tokenizer, chat_template=template), tokenizer) == ["a<|end|>"]
+
+
 def test_all_means_every_token_but_the_first(make_tokenizer: Make) -> None:
     tokenizer = make_tokenizer()
     row = one(talk("q", "a"), tokenizer, train_on="all")
@@ -173,7 +188,8 @@ def test_the_stop_token_is_trained_on_though_padding_is_the_same_token(make_toke
     tokenizer = make_tokenizer()
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     short, long = one(talk("q", "a"), tokenizer), one(talk("q", "a much longer answer"), tokenizer)
-    tokens, loss_mask = collate([short, long])
+    batch = collate([short, long])
+    tokens, loss_mask = batch.tokens, batch.loss_mask
     assert tokens.dtype == np.int32
     assert loss_mask.dtype == np.bool_
     assert tokens.shape == loss_mask.shape == (2, len(long.tokens))
