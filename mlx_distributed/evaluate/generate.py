@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from itertools import groupby
-from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -58,16 +57,32 @@ def _generate_batch(
     if tokens.shape[1] > 1:
         model(tokens[:, :-1], cache=cache)
         mx.eval([layer.state for layer in cache])  # the logits stay unevaluated: [B, L, V] would be large
-    answers: list[list[int]] = [[] for _ in range(tokens.shape[0])]
-    unfinished = set(range(tokens.shape[0]))
+    answers = Answers(tokens.shape[0], stop_tokens)
     newest = tokens[:, -1:]
     for _ in range(max_new_tokens):
         newest = mx.argmax(model(newest, cache=cache)[:, -1:], axis=-1)
-        for row, token in enumerate(cast(list[int], newest[:, 0].tolist())):
-            if token in stop_tokens:
-                unfinished.discard(row)
-            elif row in unfinished:
-                answers[row].append(token)
-        if not unfinished:
+        if not answers.take(newest):
             break
-    return answers
+    return answers.tokens
+
+
+class Answers:
+    """Those of a batch, which grow token by token.
+
+    Args:
+        num_rows: of the batch.
+        stop_tokens: an answer ends before any of these.
+    """
+
+    def __init__(self, num_rows: int, stop_tokens: Collection[int]) -> None:
+        self.tokens: list[list[int]] = [[] for _ in range(num_rows)]
+        self._unfinished, self._stop_tokens = set(range(num_rows)), stop_tokens
+
+    def take(self, newest: mx.array) -> bool:
+        """Add the newest tokens [B, 1]; whether any row goes on."""
+        for row, token in enumerate(newest.reshape(-1).tolist()):
+            if token in self._stop_tokens:
+                self._unfinished.discard(row)
+            elif row in self._unfinished:
+                self.tokens[row].append(token)
+        return bool(self._unfinished)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mlx.nn as nn
 
 from mlx_distributed.comm.base import Communicator, LocalComm
 from mlx_distributed.comm.buckets import BucketLayout
 from mlx_distributed.data.tokenize import Row
 from mlx_distributed.tracking import Tracker
 from mlx_distributed.train.agreement import broadcast_bytes
-from mlx_distributed.train.checkpoint import EVAL_LOSS, Checkpointer, CheckpointMeta
-from mlx_distributed.train.evaluation import evaluate_loss
+from mlx_distributed.train.best import EVAL_LOSS, cost
+from mlx_distributed.train.checkpoint import Checkpointer, CheckpointMeta
+from mlx_distributed.train.evaluation import Sample, Scored, evaluate_loss
 from mlx_distributed.train.pipeline import Pipeline
 from mlx_distributed.train.private import collect, give
 from mlx_distributed.train.setup import owned_slices
@@ -60,8 +63,8 @@ class Save:
         self._checkpointer, self._comm, self._layout = checkpointer, comm, layout
         self._tracker, self._describe = tracker, describe
         best = checkpointer.best_metric() if comm.rank == 0 else None
-        best = json.loads(broadcast_bytes(json.dumps(best).encode(), comm, "the best loss so far"))
-        self._best_loss = math.inf if best is None else best
+        best = json.loads(broadcast_bytes(json.dumps(best).encode(), comm, "the best evaluation so far"))
+        self._lowest_cost = cost(checkpointer.metric, best)
         self._saved: tuple[int, dict[str, float]] = (0, {})
 
     def mark(self, state: TrainState) -> None:
@@ -69,8 +72,8 @@ class Save:
         self._saved = (state.step, state.metrics)
 
     def is_best(self, state: TrainState) -> bool:
-        """Whether the state has been evaluated, with a lower loss than all that were saved."""
-        return state.metrics.get(EVAL_LOSS, math.inf) < self._best_loss
+        """Whether the state has been evaluated, and is better than all that were saved."""
+        return self._cost(state) < self._lowest_cost
 
     def __call__(self, state: TrainState, info: StepInfo | None = None) -> None:
         """To be called on all ranks at the same step. Raises CheckpointError where it fails, CommError on a loss."""
@@ -104,8 +107,11 @@ class Save:
             self._tracker.checkpoint(folder, state.step, aliases)
         else:
             give(state, self._layout, comm)
-        self._best_loss = min(self._best_loss, state.metrics.get(EVAL_LOSS, math.inf))
+        self._lowest_cost = min(self._lowest_cost, self._cost(state))
         self._saved = (state.step, state.metrics)
+
+    def _cost(self, state: TrainState) -> float:
+        return cost(self._checkpointer.metric, state.metrics.get(self._checkpointer.metric))
 
     def _missing(self, state: TrainState, comm: Communicator) -> str | None:
         """Of what there is only a part in this group."""
@@ -116,16 +122,30 @@ class Save:
         return None
 
 
+@dataclass(frozen=True)
+class Answering:
+    """How answers are generated and compared with the data."""
+
+    generate: Callable[[nn.Module], list[Sample]]
+    """Called on all ranks at once; not without rows. May raise CommError."""
+    score: Callable[[Sequence[Sample]], Scored]
+    """Called on rank 0 alone: logarithms may differ in the last digit from machine to machine."""
+
+
 class Evaluate:
-    """Measures the loss over the validation rows, on all ranks together; does nothing where there are none.
+    """Measures the loss over the validation rows and generates answers, on all ranks together; does nothing where there
+    are no rows.
 
     Args:
         rows: for validation.
         micro_batch_size: sequences at a time.
         comm: over which the rows are shared.
-        tracker: is told the figures.
+        tracker: is told the figures, and of generated answers, by rank 0.
         save_best: called where the state is the best so far; None where that does not matter.
         pipeline: that the model is spread over; None where every rank has all of it.
+        answering: None where nothing is generated.
+        everyone: all ranks, where `comm` is not; they get the figures of rank 0.
+        metric: that is added to the evaluations of the state.
     """
 
     def __init__(
@@ -136,14 +156,38 @@ class Evaluate:
         tracker: Tracker,
         save_best: Save | None,
         pipeline: Pipeline | None = None,
+        answering: Answering | None = None,
+        everyone: Communicator | None = None,
+        metric: str = EVAL_LOSS,
     ) -> None:
         self._rows, self._micro_batch_size, self._comm = rows, micro_batch_size, comm
         self._tracker, self._save_best, self._pipeline = tracker, save_best, pipeline
+        self._answering, self._everyone, self._metric = answering, everyone or comm, metric
+        self.samples: list[Sample] = []
+        """Of the last evaluation."""
+        self.scored: Scored | None = None
+        """Of the last evaluation, on rank 0."""
 
     def __call__(self, state: TrainState, info: StepInfo | None = None) -> None:
         if not self._rows:
             return
-        state.metrics = evaluate_loss(state.model, self._rows, self._micro_batch_size, self._comm, self._pipeline)
+        metrics = evaluate_loss(state.model, self._rows, self._micro_batch_size, self._comm, self._pipeline)
+        if self._answering is not None:
+            self.samples = self._answering.generate(state.model)
+            if self._everyone.rank == 0:
+                metrics |= self._score(self._answering.score(self.samples))
+        told = broadcast_bytes(json.dumps(metrics).encode(), self._everyone, "the evaluation")
+        state.metrics = json.loads(told)
+        state.evaluations = state.evaluations | {state.step: state.metrics[self._metric]}
         self._tracker.log(state.metrics, state.step)
+        if self.scored is not None:
+            self._tracker.samples(self.scored.records, state.step)
         if self._save_best is not None and self._save_best.is_best(state):
             self._save_best(state)
+
+    def _score(self, scored: Scored) -> dict[str, float]:
+        if self.scored is None:
+            for name, signature in scored.signatures.items():
+                self._tracker.message(f"{name}: {signature}")
+        self.scored = scored
+        return scored.metrics

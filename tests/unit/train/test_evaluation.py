@@ -1,21 +1,27 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+import sacrebleu
 from train_samples import make_rows, make_state, on_ranks
 
-from mlx_distributed.comm.base import LocalComm
+from mlx_distributed.comm.base import Communicator, LocalComm
 from mlx_distributed.config import ModelConfig
+from mlx_distributed.config.schema import AnswerMetric, EvalConfig
 from mlx_distributed.data.tokenize import Row
 from mlx_distributed.evaluate.generate import generate
 from mlx_distributed.models import load
 from mlx_distributed.models.upstream import TokenizerWrapper
 from mlx_distributed.testing import tiny_model
-from mlx_distributed.train.evaluation import GENERATE_BATCH, Sample, evaluate_generation, evaluate_loss
+from mlx_distributed.tracking import Trackers
+from mlx_distributed.train.evaluation import GENERATE_BATCH, Sample, evaluate_generation, evaluate_loss, score_samples
+from mlx_distributed.train.hooks import Answering, Evaluate
+from mlx_distributed.train.state import TrainState
 
 SIZES = [1, 2, 3]
 MAX_NEW_TOKENS = 6
@@ -120,3 +126,43 @@ def test_an_answer_is_exact_but_for_white_space_around_it() -> None:
     assert Sample("p", " DCC XC\n", "DCC XC").exact
     assert not Sample("p", "DCC  XC", "DCC XC").exact
     assert not Sample("p", "", "DCC").exact
+
+
+@pytest.mark.parametrize("num_rows", [1, 7])
+def test_scores_have_the_same_bits_on_any_number_of_ranks(
+    loaded: list[tuple[nn.Module, TokenizerWrapper]], num_rows: int
+) -> None:
+    rows = prompts_of(num_rows, 3)
+    settings = EvalConfig(generate=True, metrics=get_args(AnswerMetric))
+
+    def work(comm: Communicator) -> dict[str, float]:
+        model, tokenizer = loaded[comm.rank]
+        answering = Answering(
+            lambda model: evaluate_generation(model, tokenizer, rows, MAX_NEW_TOKENS, comm),
+            lambda samples: score_samples(samples, settings),
+        )
+        state = TrainState(model, {}, step=3)
+        Evaluate(rows, 2, comm, Trackers([]), None, answering=answering)(state)
+        return state.metrics
+
+    found = [metrics for size in SIZES for metrics in on_ranks(size, work)]
+    assert found == [found[0]] * sum(SIZES)
+    model, tokenizer = loaded[0]
+    samples = evaluate_generation(model, tokenizer, rows, MAX_NEW_TOKENS, LocalComm())
+    generated, references = [sample.generated for sample in samples], [sample.reference for sample in samples]
+    assert found[0]["eval/chrf"] == sacrebleu.corpus_chrf(generated, [references]).score
+    assert found[0]["eval/bleu"] == sacrebleu.corpus_bleu(generated, [references]).score
+    assert found[0].items() >= evaluate_loss(model, rows, 2, LocalComm()).items()
+    intervals = {f"eval/{name}{end}" for name in settings.metrics for end in ("", "_low", "_high")}
+    assert found[0].keys() == {"eval/loss", "eval/perplexity", *intervals}
+
+
+def test_every_answer_has_figures_of_its_own() -> None:
+    samples = [Sample("p", "one two", "one two"), Sample("q", "", "three")]
+    scored = score_samples(samples, EvalConfig(metrics=("exact_match", "rougeL", "rougeL")))
+    assert scored.records == [
+        {"row": 0, "prompt": "p", "generated": "one two", "reference": "one two", "eval/exact_match": 1.0}
+        | {"eval/rougeL": 1.0},
+        {"row": 1, "prompt": "q", "generated": "", "reference": "three", "eval/exact_match": 0.0, "eval/rougeL": 0.0},
+    ]
+    assert list(scored.signatures) == ["eval/rougeL"]

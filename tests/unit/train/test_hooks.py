@@ -1,17 +1,20 @@
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from train_samples import make_rows, make_state
+from train_samples import make_rows, make_state, on_ranks
 
 from mlx_distributed.comm.base import Communicator, LocalComm
+from mlx_distributed.config.schema import EvalConfig
 from mlx_distributed.testing import run_ranks
 from mlx_distributed.tracking import Trackers
 from mlx_distributed.train.checkpoint import Checkpointer, CheckpointMeta, locate
-from mlx_distributed.train.evaluation import evaluate_loss
-from mlx_distributed.train.hooks import Evaluate, Save, every
+from mlx_distributed.train.evaluation import Sample, evaluate_loss, score_samples
+from mlx_distributed.train.hooks import Answering, Evaluate, Save, every
 from mlx_distributed.train.private import hand_out
 from mlx_distributed.train.setup import gradient_layout
 from mlx_distributed.train.state import TrainState
@@ -118,3 +121,80 @@ def test_without_rows_there_is_nothing_to_evaluate(tmp_path: Path) -> None:
     state = at(1)
     Evaluate([], 2, LocalComm(), Trackers([]), save)(state)
     assert (state.metrics, losses) == ({}, [])
+
+
+class Told:
+    """What a tracker was told."""
+
+    def __init__(self) -> None:
+        self.metrics: list[tuple[int, dict[str, float]]] = []
+        self.messages: list[str] = []
+        self.answers: list[tuple[int, list[str]]] = []
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self.metrics.append((step, dict(metrics)))
+
+    def samples(self, records: Sequence[Mapping[str, Any]], step: int) -> None:
+        self.answers.append((step, [record["generated"] for record in records]))
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def rewind(self, step: int) -> None:
+        raise AssertionError
+
+    def inputs(self, data: Mapping[str, Any]) -> None:
+        raise AssertionError
+
+    def checkpoint(self, folder: Path, step: int, aliases: Sequence[str]) -> None:
+        raise AssertionError
+
+    def final(self, folder: Path, step: int, metrics: Mapping[str, float]) -> None:
+        raise AssertionError
+
+    def finish(self, exit_status: int) -> None:
+        raise AssertionError
+
+
+def answering(generated: list[str]) -> Answering:
+    """Every answer is to be `nine`."""
+    settings = EvalConfig(metrics=("chrf", "exact_match"))
+    return Answering(
+        lambda model: [Sample("Write 9.", text, "nine") for text in generated],
+        lambda samples: score_samples(samples, settings),
+    )
+
+
+def test_answers_are_scored_once_for_all_ranks_and_told_by_the_first() -> None:
+    def work(comm: Communicator) -> tuple[Told, TrainState]:
+        told, state = Told(), at(4)
+        evaluate = Evaluate(
+            make_rows(5), 2, comm, told, None, answering=answering(["nine", "ten"]), metric="eval/exact_match"
+        )
+        for state.step in (4, 6):
+            evaluate(state)
+        return told, state
+
+    (first, state), *others = on_ranks(3, work)
+    for told, other in others:
+        assert (other.metrics, other.evaluations) == (state.metrics, state.evaluations)
+        assert (told.metrics, told.answers, told.messages) == (first.metrics, [], [])
+    assert first.metrics == [(4, state.metrics), (6, state.metrics)]
+    assert state.evaluations == {4: 0.5, 6: 0.5}
+    assert first.answers == [(4, ["nine", "ten"]), (6, ["nine", "ten"])]
+    [signature] = first.messages
+    assert signature.startswith("eval/chrf: nrefs:1|")
+
+
+def test_the_best_is_the_highest_of_other_metrics(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(tmp_path, 1, True, print, "eval/chrf")
+    layout = gradient_layout(make_state().parameters)
+    save = Save(checkpointer, LocalComm(), layout, Trackers([]), describe)
+    for step, texts in enumerate((["six"], ["nine"], ["ten"]), 1):
+        state = at(step)
+        Evaluate(make_rows(5), 2, LocalComm(), Trackers([]), save, answering=answering(texts))(state)
+        save(state)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+    best = checkpointer.find("best")
+    assert best is not None
+    assert (best.meta.step, checkpointer.best_metric()) == (2, 100.0)
