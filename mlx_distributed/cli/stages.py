@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,16 +16,14 @@ from mlx_distributed.comm.buckets import BucketLayout
 from mlx_distributed.comm.group import join_part
 from mlx_distributed.config import Config
 from mlx_distributed.config.schema import PipelineConfig
-from mlx_distributed.data.plan import Plan
-from mlx_distributed.data.tokenize import Row
+from mlx_distributed.data.stream import AnyPlan, AnyRows
 from mlx_distributed.errors import CommError
 from mlx_distributed.models import trainable
-from mlx_distributed.models.costs import Cost, costs
 from mlx_distributed.models.outline import Outline, describe
-from mlx_distributed.models.stages import cut
+from mlx_distributed.models.stages import cut, make_cache
 from mlx_distributed.parallel.builders import gpipe, interleaved, one_f_one_b, zero_bubble
 from mlx_distributed.parallel.mesh import Mesh
-from mlx_distributed.parallel.partition import LayerCosts, Worker, partition, partition_by
+from mlx_distributed.parallel.partition import check_split
 from mlx_distributed.parallel.schedule import Schedule
 from mlx_distributed.parallel.validate import lower
 from mlx_distributed.train.outer import twin
@@ -32,9 +31,12 @@ from mlx_distributed.train.pipeline import Between, Pipeline
 from mlx_distributed.train.setup import gradient_layout
 from mlx_distributed.train.staged import Chunks, StagePhases
 
-_UNLIMITED = 1 << 62
+if TYPE_CHECKING:
+    from mlx_distributed.comm.tls import Identity
+
 _ALIKE, _ALONG = 1, 2
 """Generations of the groups of the two axes, by which their errors are told apart."""
+_WIRE_DTYPES = {"fp32": None, "bf16": mx.bfloat16, "int8": mx.int8}
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,14 @@ class Staged:
     """By name of what is trained, the worker of the pipeline that counts it."""
     tied: str | None
     """What is trained on the first and the last worker."""
+    settings: PipelineConfig
+    """With the layers of each stage, and a schedule."""
+    reason: str
+    """For these settings, for people."""
 
-    def phases(
-        self, config: Config, plan: Plan, rows: Sequence[Row], stop_requested: Callable[[], bool]
-    ) -> StagePhases:
+    def phases(self, config: Config, plan: AnyPlan, rows: AnyRows, stop_requested: Callable[[], bool]) -> StagePhases:
         """Of the steps of a run."""
-        settings, size = config.parallel.pipeline, self.pipeline.comm.size
+        settings, size = self.settings, self.pipeline.comm.size
         return StagePhases(
             config,
             plan,
@@ -68,28 +72,53 @@ class Staged:
         )
 
 
-def make_mesh(config: Config, comm: Communicator, secret: str) -> Mesh:
-    """The axes of a run: neighbouring ranks are the stages of one copy of the model. Raises CommError."""
+def make_mesh(
+    config: Config,
+    comm: Communicator,
+    secret: str,
+    host: str = "127.0.0.1",
+    identity: Identity | None = None,
+    machines: Sequence[str] = (),
+) -> Mesh:
+    """The axes of a run: neighbouring ranks are the stages of one copy of the model.
+
+    Args:
+        config: of the run.
+        comm: of all ranks.
+        secret: of the run.
+        host: address of the interface on which this rank listens.
+        identity: of the run, for TLS; None for ranks on one machine.
+        machines: by rank, in words; none where all are on one.
+
+    Raises:
+        CommError: a peer did not come, or was refused.
+    """
     num_stages = config.parallel.pipeline.num_stages
     if num_stages == 1:
-        return Mesh(dp=comm)
+        return Mesh(dp=comm, machines=tuple(machines))
     stage, copy = comm.rank % num_stages, comm.rank // num_stages
     alike, along = range(stage, comm.size, num_stages), range(copy * num_stages, (copy + 1) * num_stages)
-    timeout_s = config.parallel.timeout_s
-    dp = join_part(comm, alike, f"{secret}/stage-{stage}", timeout_s, _ALIKE)
-    return Mesh(dp, join_part(comm, along, f"{secret}/copy-{copy}", timeout_s, _ALONG))
+    dp, pp = (
+        join_part(comm, ranks, f"{secret}/{name}", config.parallel.timeout_s, generation, f"{host}:0", identity)
+        for ranks, name, generation in ((alike, f"stage-{stage}", _ALIKE), (along, f"copy-{copy}", _ALONG))
+    )
+    return Mesh(dp, pp, tuple(machines))
 
 
 def named(error: CommError, comm: Communicator, mesh: Mesh) -> CommError:
-    """An error of one of the axes, with the rank that is lost as it counts among all workers, and its stage."""
-    if error.peer is None or error.generation not in (_ALIKE, _ALONG):
+    """An error of one of the groups, with the rank that is lost as it counts among all workers, its stage and its
+    machine."""
+    if error.peer is None:
         return error
-    num_stages = mesh.pp.size
-    rank = comm.rank // num_stages * num_stages + error.peer
+    rank, num_stages = error.peer, mesh.pp.size
     if error.generation == _ALIKE:
         rank = error.peer * num_stages + comm.rank % num_stages
-    reason = f"stage {rank % num_stages} of the pipeline: {error.reason}"
-    return CommError(error.op, rank, 0, error.elapsed_s, reason)
+    elif error.generation == _ALONG:
+        rank = comm.rank // num_stages * num_stages + error.peer
+    stage = f"stage {rank % num_stages} of the pipeline" if num_stages > 1 else ""
+    machine = f"on {mesh.machines[rank]}" if mesh.machines else ""
+    where = " ".join(filter(None, (stage, machine)))
+    return CommError(error.op, rank, 0, error.elapsed_s, f"{where}: {error.reason}") if where else error
 
 
 def make_schedule(settings: PipelineConfig, num_workers: int, num_microbatches: int) -> Schedule:
@@ -104,7 +133,7 @@ def make_schedule(settings: PipelineConfig, num_workers: int, num_microbatches: 
             # ZB-H1 puts off so many gradients of weights; its own numbers are those of `keep`.
             put_off = [limit + worker for worker, limit in enumerate(held)]
             schedule = zero_bubble(num_workers, num_microbatches, held, put_off)
-        case "1f1b":
+        case "1f1b" | "auto":  # Until it is decided.
             schedule = one_f_one_b(num_workers, num_microbatches, held)
     return lower(schedule)
 
@@ -122,25 +151,32 @@ def in_flight(settings: PipelineConfig, num_workers: int) -> list[int]:
     return [1 + math.ceil((first - 1) * (num_workers - 1 - worker) / rest) for worker in range(num_workers)]
 
 
-def cut_into_stages(model: nn.Module, config: Config, comm: Communicator) -> Staged:
+def cut_into_stages(
+    model: nn.Module, config: Config, settings: PipelineConfig, comm: Communicator, reason: str = ""
+) -> Staged:
     """Leave of a model, which was loaded and prepared lazily, what this worker computes.
 
     Args:
         model: is changed.
         config: of the run.
+        settings: with the layers of each stage, and a schedule.
         comm: of the workers of the pipeline.
+        reason: for these settings, for people.
 
     Raises:
         ConfigError: the model cannot be cut in this way.
     """
-    settings, outline = config.parallel.pipeline, describe(model)
-    parameters = trainable(model)
-    split = split_of(model, settings, comm.size)
-    edges = [0, *accumulate(split)]
+    outline, parameters = describe(model), trainable(model)
+    assert not isinstance(settings.split, str)
+    check_split(settings.split, outline.num_layers, comm.size * settings.chunks)
+    edges = [0, *accumulate(settings.split)]
     stages = [
         cut(twin(model) if chunk else model, *pair)
         for chunk, pair in reversed(list(enumerate(list(pairwise(edges))[comm.rank :: comm.size])))
     ][::-1]
+    if config.eval.generate:  # Found out now, and not when the first steps are done.
+        for stage in stages:
+            make_cache(stage)
     worker_of = {name: _stage_of(name, outline, edges) % comm.size for name in parameters}
     tied = [name for name in parameters if outline.tied and name.startswith(_prefixes(outline.embedding))]
     pipeline = Pipeline(
@@ -148,27 +184,11 @@ def cut_into_stages(model: nn.Module, config: Config, comm: Communicator) -> Sta
         [Between(outline.width, outline.dtypes[start]) for start in edges[:-1]],
         comm,
         keep=settings.activations == "keep",
-        wire_dtype=mx.bfloat16 if settings.wire_dtype == "bf16" else None,
+        wire_dtype=_WIRE_DTYPES[settings.wire_dtype],
     )
     held = stages[0] if len(stages) == 1 else Chunks(stages)
-    return Staged(held, pipeline, gradient_layout(parameters), worker_of, tied[0] if tied else None)
-
-
-def split_of(model: nn.Module, settings: PipelineConfig, num_workers: int) -> tuple[int, ...]:
-    """Layers of each stage. Raises ConfigError where what was given does not fit."""
-    total = costs(model)
-    layers = [_layer(cost) for cost in total.layers]
-    head = total.head + total.embedding if total.tied else total.head
-    ends = _layer(Cost(0, total.embedding.num_trainable, total.embedding.num_bytes)), _layer(head)
-    workers = [Worker(1.0, _UNLIMITED, 1)] * (num_workers * settings.chunks)
-    if settings.split == "auto":
-        return partition(layers, *ends, workers).split
-    return partition_by(settings.split, layers, *ends, workers).split
-
-
-def _layer(cost: Cost) -> LayerCosts:
-    """Work is in proportion to the values that every token is multiplied with; an embedding is only looked up."""
-    return LayerCosts(float(cost.num_parameters), cost.num_bytes + 12 * cost.num_trainable)
+    counted = gradient_layout(parameters), worker_of, tied[0] if tied else None
+    return Staged(held, pipeline, *counted, settings, reason)
 
 
 def _stage_of(name: str, outline: Outline, edges: Sequence[int]) -> int:

@@ -16,8 +16,8 @@ from xml.etree import ElementTree
 import pytest
 from support import children, ends_within
 
-from mlx_distributed.cli.bench import meeting
 from mlx_distributed.cli.distributed import main
+from mlx_distributed.cli.meeting import guest
 from mlx_distributed.comm.compress import CODECS
 
 PROGRAM = Path(sys.executable).with_name("mlx-distributed")
@@ -123,7 +123,7 @@ def test_one_rank_on_each_of_several_machines(
     options = ["--sizes", "4B,64KiB", "--wire", "fp32,int8", "--against", "ring", "--rounds", "2", "--json"]
     with over_machines("latency", *options) as (first, second, text):
         with monkeypatch.context() as other:
-            other.setattr(meeting, "__version__", "9.9.9")
+            other.setattr(guest, "__version__", "9.9.9")
             assert main(["bench", "join", text]) == 2
             assert "is of mlx-distributed " in capsys.readouterr().err
         out, err = second.communicate(f"{text}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shlex
 import shutil
@@ -18,6 +19,7 @@ import pytest
 from support import MLX_TRAIN, Command, children, digest, ends_within, epochs, free_ports
 from test_elastic_cli import HELPERS, HOST, finish, left, run_file, started, taken
 
+from mlx_distributed.cli.distributed import main
 from mlx_distributed.cli.elastic.invitation import Invitation
 
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
@@ -189,3 +191,49 @@ def test_nobody_is_left_where_launcher_and_coordinator_are_gone(run_file: Path, 
         (pid,) = commands(tmp_path / "out", 1)
         command.process.kill()
         assert ends_within(pid, 20.0)
+
+
+def test_a_pipeline_begins_when_all_hosts_are_there(config: Path, ssh: Ssh, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    stages = ["parallel.pipeline.num_stages=2", "train.max_steps=3", f"model.path={config.parent / 'untied'}"]
+    program = ["--remote-command", str(MLX_TRAIN), "--cwd", str(home)]
+    folders = [tmp_path / name for name in ("out", "alone", "refused")]
+    launch = ["mlx-distributed", "launch", "--config", config, "--ssh", ssh.client, *program]
+    with (
+        Command(*launch, "--hosts", "a", "--output-dir", folders[0], *stages) as run,
+        Command(*launch, "--hosts", "a,b,away", "--output-dir", folders[2], *stages) as refused,
+        Command("mlx-train", "--config", config, *stages[1:], "--output-dir", folders[1]) as alone,
+    ):
+        text = run.join_string()
+        seen = command_lines()
+        endings = [command.wait() for command in (run, refused, alone)]
+    assert [done.status for done in endings] == [0, 1, 0], endings
+    assert digest(folders[0]) == digest(folders[1])
+    assert text not in seen
+    assert "a: joins\n" in endings[0].stdout
+    (joined,) = (home / "runs").glob(f"joined-{json.loads((folders[0] / 'run.json').read_text())['run_id'][:8]}-a")
+    assert left(joined) == {"run.json", "logs"}
+    first, *_, last = endings[1].stderr.splitlines()
+    assert first.startswith("error: away: ssh cannot connect (")
+    assert first.endswith("the run cannot begin without it")
+    assert last == "error: a host cannot take part, and the run cannot begin without it"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["parallel.pipeline.num_stages=2", "--nproc", "0"], "--nproc 0: rank 0 of a run that is not elastic is on"),
+        (["parallel.num_workers=4"], "parallel.num_workers=4 leaves 3 for 2 hosts, which bring as many each; use 3"),
+        (["parallel.num_workers=2"], "parallel.num_workers=2 leaves 1 for 2 hosts, which bring as many each; use 3"),
+        (["parallel.pipeline.num_stages=2"], "parallel.num_workers=3: must be a multiple of"),
+        (["parallel.num_workers=[x"], "parallel.num_workers=[x"),
+    ],
+)
+def test_a_group_that_cannot_be_is_refused(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    own = ["--hosts", "a,b", "--ssh", "ssh", "--output-dir", str(tmp_path / "out")]
+    assert main(["launch", "--config", str(config), *own, "parallel.listen=127.0.0.1:0", *arguments]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

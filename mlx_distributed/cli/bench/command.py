@@ -159,14 +159,14 @@ def _over_network(args: argparse.Namespace) -> bool:
 
 
 def _host(options: Options, listen: str, report: Report, debug: bool) -> int:
-    from mlx_distributed.cli.bench.meeting import Meeting
     from mlx_distributed.cli.bench.several import host
+    from mlx_distributed.cli.meeting.host import Meeting
 
     def tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
     report.where = "on as many machines, over TLS"
-    with contextlib.closing(Meeting(listen)) as meeting:
+    with contextlib.closing(Meeting(listen, "benchmark", "--listen ")) as meeting:
         return host(options, meeting, tell, report, debug)
 
 

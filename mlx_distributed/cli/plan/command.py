@@ -16,8 +16,9 @@ Nothing is trained, and no weights are read: memory and operations are those of 
 Memory is that of MLX; Python and its libraries take about 0.5 GB more. Time counts products of matrices alone, at the
 given rate, so that small models take longer than is predicted.
 
-With parallel.pipeline.split=auto layers are cut by the given speeds, and by memory where they would not fit. Training
-cuts for equal workers without a limit; where that is another split, the plan says which one to set.
+With parallel.pipeline.split=auto layers are cut by speed, and by memory where they would not fit. Training cuts in the
+same way, by what its workers find: alike on one machine, as measured on several, or as parallel.pipeline.speeds says.
+Where that may be another split than the one here, the plan says which one to set.
 
 exit status: 0 it fits; 2 it does not, or the configuration, the data or an argument was refused
 """

@@ -19,7 +19,7 @@ from mlx_distributed.parallel.schedule import Schedule
 from mlx_distributed.parallel.simulate import Costs, Simulation, StageCosts, simulate
 
 Name = Literal["1f1b", "gpipe", "interleaved", "zb-h1"]
-_UNLIMITED = 1 << 62
+UNLIMITED = 1 << 62
 _COUNTED = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of the memory to compute a layer that are tried. Together layers take less for it than the sum of what each
 takes alone, and how much less is only known when they are traced together."""
@@ -126,11 +126,16 @@ class Planner:
         self.model, self.workers, self.load = model, workers, load
 
     def plan(self, settings: PipelineConfig) -> Plan:
-        """With the split that is given, or one by speed and memory. It need not fit.
+        """With the split and the schedule that are given; or where they are `auto`, with one by speed and memory, and
+        the fastest. It need not fit.
 
         Raises:
             ConfigError: the split is not one of the layers of the model.
         """
+        if settings.schedule == "auto":
+            plan = self.plan(replace(settings, schedule="1f1b"))
+            comparison = self.compare(plan.settings, plan) if plan.fits else None
+            return comparison.best if comparison else plan
         num_stages = len(self.workers.speeds) * settings.chunks
         if settings.split != "auto":
             check_split(settings.split, self.model.num_layers, num_stages)
@@ -161,7 +166,7 @@ class Planner:
                 plans += [self._of(split, each) for each in changed]
         fitting = [plan for plan in plans if plan.fits]
         costs = {plan.schedule.num_chunks: self._costs(self._works(plan.split), plan.split) for plan in fitting}
-        choice = choose([plan.schedule for plan in fitting], costs, [_UNLIMITED] * num_workers)
+        choice = choose([plan.schedule for plan in fitting], costs, [UNLIMITED] * num_workers)
         best = next(plan for plan in fitting if plan.schedule is choice.schedule)
         return Comparison(tuple(plans), best, choice.reason)
 
@@ -173,7 +178,7 @@ class Planner:
         split = [
             Worker(
                 workers.speeds[worker],
-                workers.memory_bytes[worker] // settings.chunks if counted is not None else _UNLIMITED,
+                workers.memory_bytes[worker] // settings.chunks if counted is not None else UNLIMITED,
                 in_flight[worker],
             )
             for worker in [*range(num_workers)] * settings.chunks

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 import mlx.core as mx
 
-from mlx_distributed.cli.load import make_plan, scratch_tokenizer
+from mlx_distributed.cli.load import load_tokenizer, load_whole, make_plan
 from mlx_distributed.cli.plan.estimate import Load, Workers
 from mlx_distributed.cli.plan.machine import measure_flops, memory_bytes
 from mlx_distributed.cli.plan.options import parse_flops, parse_link, parse_memory, parse_speeds
 from mlx_distributed.cli.plan.work import Model, Shape
 from mlx_distributed.comm.tree_sum import cover
 from mlx_distributed.config import Config
-from mlx_distributed.data.plan import Plan as DataPlan
-from mlx_distributed.data.sources import Corpus, read_corpus
-from mlx_distributed.data.template import read_template
-from mlx_distributed.data.tokenize import tokenize_corpus
+from mlx_distributed.data.sources import read_corpus
+from mlx_distributed.data.tokenize import TokenizedCorpus, tokenize_corpus
 from mlx_distributed.errors import ConfigError, DataError
-from mlx_distributed.models import build_scratch, load, prepare, wrap_tokenizer
-from mlx_distributed.models.upstream import TokenizerWrapper
 from mlx_distributed.parallel.data import rank_weights, share
+from mlx_distributed.train.phases import Phases
+
+Number = TypeVar("Number", int, float)
 
 MAX_STEPS = 1000
 """Steps whose micro-batches are looked at."""
@@ -41,21 +43,14 @@ def read_run(config: Config) -> tuple[Model, Load, list[str]]:
         if config.model.scratch is not None:
             raise
         notes.append(f"the data cannot be read, so micro-batches are as long as they may be: {error}")
-    if config.model.scratch is None:
-        model, tokenizer, _ = load(config.model, lazy=True)
-    else:
-        assert corpus is not None
-        tokenizer = wrap_tokenizer(scratch_tokenizer(corpus, config), config.model.scratch["model_type"])
-        model, _ = build_scratch(config.model.scratch, tokenizer, config.seed, lazy=True)
-    prepare(model, config.method, config.lora, config.seed, lazy=True)
-    sizes = [(config.train.micro_batch_size, config.data.max_seq_length - 1)]
-    if corpus is not None:
-        sizes = _sizes(_data_plan(config, corpus, tokenizer))
+    tokenizer = load_tokenizer(config, corpus)
+    model = load_whole(config, tokenizer)
+    rows = None if corpus is None else tokenize_corpus(corpus, tokenizer, config.data)
     if config.parallel.sync != "step":
         notes.append(
             f"counted as with parallel.sync=step; {config.parallel.sync} takes further copies of what is trained"
         )
-    return Model(model), _load(config, sizes), notes
+    return Model(model), make_load(config, rows), notes
 
 
 def read_workers(
@@ -71,35 +66,43 @@ def read_workers(
     Raises:
         ConfigError: one of them makes no sense.
     """
-    num_workers, num_stages = config.parallel.nproc, config.parallel.pipeline.num_stages
+    num_workers, pipeline = config.parallel.size, config.parallel.pipeline
     given_speeds = parse_speeds(speeds, num_workers)
-    given_bytes = parse_memory(memory, num_workers, memory_bytes())
+    if speeds is None and not isinstance(pipeline.speeds, str):
+        given_speeds = pipeline.speeds
+    given_bytes = parse_memory(memory, num_workers, config.train.budget_bytes or memory_bytes())
     return Workers(
-        speeds=tuple(min(given_speeds[stage::num_stages]) for stage in range(num_stages)),
-        memory_bytes=tuple(min(given_bytes[stage::num_stages]) for stage in range(num_stages)),
+        speeds=by_stage(given_speeds, pipeline.num_stages),
+        memory_bytes=by_stage(given_bytes, pipeline.num_stages),
         flops=parse_flops(flops) if flops is not None else measure_flops(dtype),
         link_bytes_per_s=parse_link(link),
     )
 
 
-def _data_plan(config: Config, corpus: Corpus, tokenizer: TokenizerWrapper) -> DataPlan:
-    if config.data.chat_template is not None:
-        tokenizer.chat_template = read_template(config.data.chat_template)
-    return make_plan(config, tokenize_corpus(corpus, tokenizer, config.data))
+def by_stage(values: Sequence[Number], num_stages: int) -> tuple[Number, ...]:
+    """Of the worker of each stage, where there are several the least: neighbours are the stages of one copy."""
+    return tuple(min(values[stage::num_stages]) for stage in range(num_stages))
 
 
-def _sizes(plan: DataPlan) -> list[tuple[int, int]]:
-    """Rows and tokens in a row of micro-batches; the last token of a row only is a target."""
-    return [
-        (len(rows), max(plan.lengths[row] for row in rows) - 1)
-        for step in range(min(plan.num_steps, MAX_STEPS))
-        for rows in plan.microbatches(step)
-    ]
+def batch_shapes(config: Config, rows: TokenizedCorpus) -> list[tuple[int, int]]:
+    """Rows and tokens in a row, padding too, of the micro-batches of a run, or of its first `MAX_STEPS`."""
+    plan = make_plan(config, rows)
+    phases = Phases(config, plan, rows.train)
+    works = [phases.work(step) for step in range(min(plan.num_steps, MAX_STEPS))]
+    return [phases.batch(work, number).tokens.shape for work in works for number in range(len(work.microbatches))]
 
 
-def _load(config: Config, sizes: list[tuple[int, int]]) -> Load:
-    pipeline, num_microbatches = config.parallel.pipeline, config.train.num_microbatches
-    num_copies = config.parallel.nproc // pipeline.num_stages
+def make_load(config: Config, rows: TokenizedCorpus | None) -> Load:
+    """What one copy of the model computes in a step; without rows, micro-batches are as long as they may be."""
+    train, pipeline = config.train, config.parallel.pipeline
+    if rows is not None:
+        shapes, num_microbatches = batch_shapes(config, rows), make_plan(config, rows).num_microbatches
+    else:
+        limit = config.data.max_seq_length
+        num_rows = train.micro_batch_size if train.micro_batch_tokens is None else train.micro_batch_tokens // limit
+        shapes, num_microbatches = [(num_rows, limit)], -(-train.global_batch_size // num_rows)
+    sizes = [(num_rows, length - 1) for num_rows, length in shapes]  # The last token of a row only is a target.
+    num_copies = config.parallel.size // pipeline.num_stages
     ranges = share(num_microbatches, rank_weights(config.parallel.share, num_copies))
     areas = [num_rows * length for num_rows, length in sizes]
     longest = areas.index(max(areas))
@@ -112,6 +115,6 @@ def _load(config: Config, sizes: list[tuple[int, int]]) -> Load:
         ),
         shape=shape,
         mean=sum(areas) / len(areas) / areas[longest],
-        wire_bytes=2 if pipeline.wire_dtype == "bf16" else 0,
+        wire_bytes={"fp32": 0, "bf16": 2, "int8": 1}[pipeline.wire_dtype],
         moments=1 / num_copies if config.optimizer.shard else 1.0,
     )

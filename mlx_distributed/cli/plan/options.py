@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
+from mlx_distributed.config.quantities import parse_quantity
 from mlx_distributed.errors import ConfigError
-
-_PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
-_BINARY = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
-_NUMBER = re.compile(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?) *([a-z/]*)", re.IGNORECASE)
 
 
 def parse_speeds(text: str | None, num_workers: int) -> tuple[float, ...]:
@@ -48,10 +44,7 @@ def _per_worker(option: str, text: str, num_workers: int, parse: Callable[[str],
 
 def _number(option: str, text: str, unit: str, example: str) -> float:
     """A number with a prefix of a thousand, or with `unit` of 1024 (Ki, Mi, ...), and the unit."""
-    found = _NUMBER.fullmatch(text)
-    if found is not None:
-        prefix = found[2].lower().removesuffix("/s").removesuffix(unit)
-        factor = _PREFIXES.get(prefix) or _BINARY.get(prefix if unit == "b" else "")
-        if factor is not None and float(found[1]) > 0:
-            return float(found[1]) * factor
-    raise ConfigError(f"--{option} {text}: must be above 0 and written as in --{option} {example}")
+    value = parse_quantity(text, unit)
+    if value is None:
+        raise ConfigError(f"--{option} {text}: must be above 0 and written as in --{option} {example}")
+    return value

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from mlx_distributed.cli.bench.table import format_time
-from mlx_distributed.cli.plan.estimate import GRADIENT_BYTES, Plan, Planner, WorkerPlan
+from mlx_distributed.cli.plan.estimate import GRADIENT_BYTES, UNLIMITED, Plan, Planner, WorkerPlan
+from mlx_distributed.cli.plan.inputs import by_stage
 from mlx_distributed.config import Config
 
 WIDTH = 100
@@ -20,7 +21,7 @@ def lines(planner: Planner, plan: Plan, config: Config, notes: Sequence[str]) ->
     """Everything that there is to say about a plan that fits."""
     load, cost, workers = planner.load, planner.model.cost, planner.workers
     num_stages = len(workers.speeds)
-    num_copies = config.parallel.nproc // num_stages
+    num_copies = config.parallel.size // num_stages
     yield (
         f"{planner.model.num_layers} layers, {format_count(cost.num_parameters)} parameters, "
         f"{format_count(cost.num_trainable)} trained ({config.method})"
@@ -56,19 +57,27 @@ def lines(planner: Planner, plan: Plan, config: Config, notes: Sequence[str]) ->
             f"and up to {format_time(num_bytes / workers.link_bytes_per_s)} for the gradients, of which a worker sends "
             f"{format_bytes(num_bytes)} to the other copies"
         )
-    trained = planner.model.training_split(config.parallel.pipeline, num_stages)
+    trained = _for_training(planner, config).plan(plan.settings).split
     if trained != plan.split:
         text = (
-            f"training would cut [{_listed(trained)}], for equal workers of any memory; for this plan set "
-            f"parallel.pipeline.split=[{_listed(plan.split)}]"
+            f"training would cut [{_listed(trained)}] where it finds workers of the same speed and enough memory; for "
+            f"this plan set parallel.pipeline.split=[{_listed(plan.split)}]"
         )
         yield from textwrap.wrap(text, WIDTH)
     yield from _schedules(planner, plan, config)
 
 
+def _for_training(planner: Planner, config: Config) -> Planner:
+    """Of a run on one machine, which takes workers for alike unless it is told their speeds."""
+    speeds, num_stages = config.parallel.pipeline.speeds, len(planner.workers.speeds)
+    told = (1.0,) * num_stages if isinstance(speeds, str) else by_stage(speeds, num_stages)
+    workers = replace(planner.workers, speeds=told, memory_bytes=(UNLIMITED,) * num_stages)
+    return Planner(planner.model, workers, planner.load)
+
+
 def _schedules(planner: Planner, plan: Plan, config: Config) -> Iterator[str]:
     """How the schedule compares, and what to set for the best one."""
-    settings = config.parallel.pipeline
+    settings = plan.settings
     comparison = planner.compare(settings, plan)
     if comparison is None:
         return
@@ -94,9 +103,7 @@ def _schedules(planner: Planner, plan: Plan, config: Config) -> Iterator[str]:
         changes = [f"schedule={best.settings.schedule}"]
         if best.schedule.num_chunks > 1:
             changes.append(f"chunks={best.schedule.num_chunks}")
-        if best.split != planner.model.training_split(
-            replace(settings, split="auto", chunks=best.schedule.num_chunks), len(best.workers)
-        ):
+        if best.split != _for_training(planner, config).plan(replace(best.settings, split="auto")).split:
             changes.append(f"split=[{_listed(best.split)}]")
         yield from textwrap.wrap(
             "to have it, set " + " ".join(f"parallel.pipeline.{change}" for change in changes), WIDTH

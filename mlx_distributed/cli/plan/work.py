@@ -12,9 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map, tree_unflatten
 
 from mlx_distributed.cli.plan.graph import Phase, trace
-from mlx_distributed.cli.stages import split_of
 from mlx_distributed.comm.buckets import Arrays
-from mlx_distributed.config.schema import PipelineConfig
 from mlx_distributed.models import trainable
 from mlx_distributed.models.costs import Cost, costs
 from mlx_distributed.models.outline import describe
@@ -82,10 +80,6 @@ class Model:
     def cost(self) -> Cost:
         """Of all of it."""
         return self.costs.stage(0, self.num_layers)
-
-    def training_split(self, settings: PipelineConfig, num_workers: int) -> tuple[int, ...]:
-        """How a run would cut it."""
-        return split_of(self._model, settings, num_workers)
 
     def input_bytes(self, start: int, shape: Shape) -> int:
         """Of the hidden state [B, L, D] that enters a layer."""
