@@ -54,13 +54,21 @@ def join_group(
     return comm
 
 
-def join_part(comm: Communicator, ranks: Sequence[int], run_id: str, timeout_s: float, generation: int) -> Communicator:
+def join_part(
+    comm: Communicator,
+    ranks: Sequence[int],
+    run_id: str,
+    timeout_s: float,
+    generation: int,
+    listen: str = "127.0.0.1:0",
+    identity: Identity | None = None,
+) -> Communicator:
     """Join a group of some of the ranks of another group; called on all ranks of that, each with its own part.
 
     Args:
-        comm: whose ranks they are, all on one machine.
+        comm: whose ranks they are.
         ranks: of the part, in the order of their ranks in it; this rank is among them.
-        run_id, timeout_s, generation: as for `join_group`.
+        run_id, timeout_s, generation, listen, identity: as for `join_group`.
 
     Raises:
         CommError: a peer did not come, or was refused.
@@ -72,5 +80,5 @@ def join_part(comm: Communicator, ranks: Sequence[int], run_id: str, timeout_s: 
         addresses = [np.asarray(array).tobytes().decode() for array in gathered]
         return [addresses[rank] for rank in ranks]
 
-    listen = "127.0.0.1:0"
-    return join_group(ranks.index(comm.rank), len(ranks), run_id, timeout_s, listen, exchange, generation=generation)
+    rank, size = ranks.index(comm.rank), len(ranks)
+    return join_group(rank, size, run_id, timeout_s, listen, exchange, identity=identity, generation=generation)

@@ -25,8 +25,8 @@ from mlx_distributed.comm.wire import (
     Frame,
     FrameError,
     Kind,
+    Message,
     decode,
-    encode,
 )
 from mlx_distributed.errors import CommError
 
@@ -43,24 +43,12 @@ MAX_REASON_CHARS = 2000
 _OF_A_REDUCTION = (Kind.PART, Kind.END, Kind.RESULT)
 
 
-class _Message:
-    """A frame in the queues of one or several peers: its bytes are made once, when the first of them takes it."""
-
-    def __init__(self, frame: Frame) -> None:
-        self.frame = frame
-        self._data: bytes | None = None
-
-    def encoded(self, tag: int) -> bytes:
-        self._data = self._data or encode(tag, self.frame)
-        return self._data
-
-
 class Link:
     """The stream to one peer."""
 
     def __init__(self, read: Callable[[], Awaitable[bytes]], write: Callable[[bytes], Awaitable[None]]) -> None:
         self.read, self.write = read, write
-        self.queue: asyncio.Queue[_Message | None] = asyncio.Queue()
+        self.queue: asyncio.Queue[Message | None] = asyncio.Queue()
         """To be sent; None ends it."""
         self.moved_s = time.monotonic()
         """When a frame last went either way: a peer that still takes what we send is not silent."""
@@ -87,13 +75,15 @@ class Session:
         """To all peers, with headers; what is still queued counts as sent."""
         self.failure: tuple[int | None, str] | None = None
         """The rank that caused the first failure, and the reason; the session is dead from then on."""
+        self._held_up: dict[int, tuple[int, str]] = {}
+        """For whom peers that have left had waited, and for how long."""
         self._tag = tag
         self._reduction: Reduction | None = None
         self._op = 0
         self._mailbox = Mailbox()
         self._awaited: tuple[int, int] | None = None
         """Peer and tag of the message that is waited for."""
-        self._message: _Message | None = None
+        self._message: Message | None = None
         """The last one queued: the next peer may get the same."""
         self._outbox: deque[tuple[Iterator[Outgoing], Callable[[], bool]]] = deque()
         """What is still to be queued, and from when on: frames are made as they are asked for."""
@@ -117,7 +107,8 @@ class Session:
             return
         self.failure = (peer, reason)
         unfinished = self._op + 1 if self._reduction is None else self._op
-        payload = json.dumps({"peer": self.rank if peer is None else peer, "reason": reason}).encode()
+        said = {"peer": self.rank if peer is None else peer, "reason": reason, "held_up": self._held_up_by(self.rank)}
+        payload = json.dumps(said).encode()
         for link in self.links.values():
             queued = [link.queue.get_nowait() for _ in range(link.queue.qsize())]
             for item in queued:  # Only what we have finished is of use to a peer, which may be about to finish it too.
@@ -130,10 +121,11 @@ class Session:
         """The ranks that are waited for, and have been silent for so long."""
         return sorted({peer for since_s in self._waits for peer in since_s if self._silent_s(peer, since_s) >= for_s})
 
-    def _waited_for(self, besides: int) -> list[tuple[float, int]]:
-        """For how long each other rank that is waited for has been silent."""
-        waits = ((peer, since_s) for since_s in self._waits for peer in since_s if peer != besides)
-        return [(self._silent_s(peer, since_s), peer) for peer, since_s in waits]
+    def _held_up_by(self, besides: int) -> tuple[int, str] | None:
+        """The rank that we have waited for, and that has been silent, for much of the deadline; and for how long."""
+        waits = [(self._silent_s(peer, since_s), peer) for since_s in self._waits for peer in since_s]
+        silent_s, peer = max((wait for wait in waits if wait[1] != besides), default=(0.0, besides))
+        return (peer, f"sent nothing for {silent_s:.1f} s") if silent_s >= self.timeout_s / 2 else None
 
     def begin(self, reduction: Reduction) -> None:
         """Start an operation: frames of it are taken in from now on."""
@@ -180,6 +172,7 @@ class Session:
         try:
             while not done():
                 if self.failure is not None:
+                    await self._trace()
                     raise self.error(name, begun_s)
                 left_s, peers = self.timeout_s, waiting_for()
                 for peer in since_s.keys() - peers:
@@ -253,7 +246,7 @@ class Session:
         return time.monotonic() - max(link.moved_s if link else -math.inf, since_s[peer])
 
     def _leave(self, link: Link, frame: Frame) -> None:
-        link.queue.put_nowait(_Message(frame))
+        link.queue.put_nowait(Message(frame))
         link.queue.put_nowait(None)
 
     async def room(self, link: Link) -> None:
@@ -268,7 +261,7 @@ class Session:
         if self.failure is not None:
             return
         if self._message is None or self._message.frame is not frame:
-            self._message = _Message(frame)
+            self._message = Message(frame)
         self.sent_bytes += HEADER_BYTES + len(frame.payload)
         self.links[peer].queue.put_nowait(self._message)
 
@@ -300,7 +293,7 @@ class Session:
         self._notify()
 
     async def _write(self, link: Link) -> None:
-        message: _Message | None
+        message: Message | None
         while True:
             batch: list[bytes] = []
             message = await link.queue.get()
@@ -351,15 +344,25 @@ class Session:
         try:
             said = json.loads(bytes(frame.payload))
             culprit, reason = int(said["peer"]), str(said["reason"])[:MAX_REASON_CHARS]
+            other, why = said["held_up"] or (self.rank, "")
+            if other != self.rank:
+                self._held_up[peer] = int(other), str(why)[:MAX_REASON_CHARS]
         except NOT_AS_EXPECTED:
             raise FrameError("left without a reason") from None
-        if culprit == self.rank:
-            # Who waits for us does not see for whom we wait.
-            silent_s, other = max(self._waited_for(besides=peer), default=(0.0, peer))
-            held_up = silent_s >= self.timeout_s / 2
-            culprit = other if held_up else peer
-            reason = f"sent nothing for {silent_s:.1f} s" if held_up else f"gave this worker up: {reason}"
+        if culprit == self.rank:  # Who waits for us does not see for whom we wait.
+            culprit, reason = self._held_up_by(peer) or (peer, f"gave this worker up: {reason}")
         self.fail(culprit, reason)
+
+    async def _trace(self) -> None:
+        """Hear out whom we give up, but not for long: it may have waited for another one, as in a pipeline."""
+        limit_s = time.monotonic() + LINGER_S
+        while self.failure is not None and (peer := self.failure[0]) is not None:
+            if peer in self._held_up:
+                self.failure = self._held_up.pop(peer)
+            elif peer not in self._staying() or (left_s := limit_s - time.monotonic()) <= 0:
+                return
+            else:
+                await self._change(left_s)
 
     async def _until(self, condition: Callable[[], bool], timeout_s: float = math.inf) -> None:
         """Until the condition holds, the session has failed, or the time is up."""

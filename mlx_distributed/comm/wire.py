@@ -89,6 +89,19 @@ def encode(tag: int, frame: Frame) -> bytes:
     return b"".join((_HEADER.pack(tag, kind, op, bucket, chunk, lo, hi, len(payload)), payload))
 
 
+class Message:
+    """A frame in the queues of one or several peers: its bytes are made once, when the first of them takes it."""
+
+    def __init__(self, frame: Frame) -> None:
+        self.frame = frame
+        self._data: bytes | None = None
+
+    def encoded(self, tag: int) -> bytes:
+        """The bytes, with the tag of the group."""
+        self._data = self._data or encode(tag, self.frame)
+        return self._data
+
+
 def decode(tag: int, data: bytes) -> Iterator[Frame]:
     """Message -> its frames, whose payloads are views of it.
 

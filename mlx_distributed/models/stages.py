@@ -45,28 +45,32 @@ class Stage(nn.Module):
     """Mixed into the class of a model by `cut`; everything else of the class stays as it is."""
 
     span: Span
+    width: int
+    """D."""
+    dtype: mx.Dtype
+    """Of the hidden state that goes in."""
     _passage: _Passage
 
-    def __call__(self, inputs: mx.array) -> mx.array:
-        """Token ids [B, L] or hidden state [B, L, D] -> hidden state or logits [B, L, V].
+    def __call__(self, inputs: mx.array, cache: list[Any] | None = None) -> mx.array:
+        """Token ids [B, L] or hidden state [B, L, D] -> hidden state or logits [B, L, V]. `cache` is of `make_cache`.
 
         Dropout draws what it draws in the whole model, if `mx.random` is seeded before the call as it is before a call
         of the whole; so a stage that is computed again for its backward pass must be seeded again.
         """
         if self.span.is_first:
-            return self._run(inputs)
+            return self._run(inputs, cache)
         if self.training:
             skip_draws(self._passage.draws_before)
         # Another object for the same array: a layer may add to its input in place.
         self._passage.incoming = inputs.reshape(inputs.shape)
         try:
-            return self._run(mx.zeros(inputs.shape[:2], mx.int32))
+            return self._run(mx.zeros(inputs.shape[:2], mx.int32), cache)
         finally:
             self._passage.incoming = None
 
-    def _run(self, tokens: mx.array) -> mx.array:
+    def _run(self, tokens: mx.array, cache: list[Any] | None) -> mx.array:
         try:
-            return super().__call__(tokens)
+            return super().__call__(tokens) if cache is None else super().__call__(tokens, cache=cache)
         except _Handover as handover:
             return handover.hidden
 
@@ -102,6 +106,28 @@ def cut(model: nn.Module, start: int, stop: int) -> Stage:
     return stage
 
 
+def make_cache(stage: Stage) -> list[Any]:
+    """Keys and values of the layers of a stage, to generate with: a list for all layers, as the class expects it.
+
+    The class makes masks from the first cache of a kind, which may be of a layer that another stage holds: where this
+    one has a layer of the same kind, both have its cache.
+
+    Raises:
+        ConfigError: the class keeps its caches in another way than one for each layer, or does not run with them.
+    """
+    # Here, not above: a model to generate with has mlx-lm imported already, in the way that `models.upstream` explains.
+    from mlx_lm.models.cache import make_prompt_cache
+
+    caches = make_prompt_cache(stage)
+    blocks: list[nn.Module] = stage.layers
+    if len(caches) != len(blocks):
+        raise refusal(stage, f"it has {len(caches)} caches for {len(blocks)} layers, to generate with")
+    kinds = [(type(cache), repr(cache.state)) for cache in caches]  # empty ones differ by their settings alone
+    of_layers = list(zip(kinds, caches, blocks, strict=True))
+    held = {kind: cache for kind, cache, block in of_layers if not isinstance(block, Absent)}
+    return [held.get(kind, cache) if isinstance(block, Absent) else cache for kind, cache, block in of_layers]
+
+
 def _remove(model: nn.Module, modules: dict[str, nn.Module], outline: Outline, span: Span) -> Stage:
     """Take away what other stages hold."""
     passage = _Passage(outline.draws[span.start])
@@ -117,6 +143,7 @@ def _remove(model: nn.Module, modules: dict[str, nn.Module], outline: Outline, s
     stage: Any = model
     stage.__class__ = mixed(Stage, type(model))
     stage.span, stage._passage = span, passage
+    stage.width, stage.dtype = outline.width, outline.dtypes[span.start]
     return stage
 
 

@@ -10,8 +10,9 @@ flight: the most micro-batches that each worker holds, counted in the interprete
 speeds: a worker that is twice as fast as the other one; the layers are cut by speed. Throughput beside the sum of those
     of each worker with the whole model.
 memory: peak of MLX's memory in full fine-tuning of 16 equal layers, on the largest of four stages beside one process,
-    by what is held of a micro-batch; `by layer` is `train.gradient_checkpointing`. The time of a step, where the stages
-    share the processors of this machine, and the seconds that these work on it in all stages together.
+    by what is held of a micro-batch; `by layer` is `train.gradient_checkpointing`. The same while a checkpoint and
+    `final/` are written, which rank 0 does for all. The time of a step, where the stages share the processors of this
+    machine, and the seconds that these work on it in all stages together.
 simulator: seconds of the processor for 64 stages and 512 micro-batches.
 
     uv run python tests/benchmarks/pipeline.py
@@ -250,17 +251,28 @@ def print_memory(options: argparse.Namespace, folder: Path) -> None:
         for checkpointing in (False, True)
     }
     runs = interleave(sides, options.rounds, folder)
-    whole_bytes = runs["one process"][0][0][0]
-    table = Table("side".ljust(21), "peak by stage, MB", "of one process", "step, s", "processor, s")
+    whole = runs["one process"][0][0]
+    table = Table(
+        "side".ljust(21),
+        "peak by stage, MB",
+        "of one process",
+        "while saving, MB",
+        "of one process",
+        "step, s",
+        "processor, s",
+    )
     for name, rounds in runs.items():
-        peaks_bytes = [max(each) for each in zip(*([peak for peak, _, _ in ranks] for ranks in rounds), strict=True)]
-        steps_s = (max(of_ranks) for ranks in rounds for of_ranks in zip(*(each[1] for each in ranks), strict=True))
-        processor_s = statistics.median(sum(taken_s for _, _, taken_s in ranks) for ranks in rounds)
-        shown = " ".join(f"{each / 1e6:.0f}" for each in peaks_bytes)
+        by_stage = list(zip(*rounds, strict=True))
+        peaks_bytes = [max(each.peak_bytes for each in stage) for stage in by_stage]
+        saving_bytes = [max(each.saving_peak_bytes for each in stage) for stage in by_stage]
+        steps_s = (max(of_ranks) for ranks in rounds for of_ranks in zip(*(each.step_s for each in ranks), strict=True))
+        processor_s = statistics.median(sum(each.processor_s for each in ranks) for ranks in rounds)
         table.print(
             name,
-            shown,
-            f"{max(peaks_bytes) / whole_bytes:.2f}",
+            " ".join(f"{each / 1e6:.0f}" for each in peaks_bytes),
+            f"{max(peaks_bytes) / whole.peak_bytes:.2f}",
+            " ".join(f"{each / 1e6:.0f}" for each in saving_bytes),
+            f"{max(saving_bytes) / whole.saving_peak_bytes:.2f}",
             f"{statistics.median(steps_s):.2f}",
             f"{processor_s:.2f}",
         )

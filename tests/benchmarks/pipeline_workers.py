@@ -12,21 +12,28 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_distributed.cli.load import load_all
-from mlx_distributed.cli.run import choose_device
+from mlx_distributed.cli.load import Loaded, load_all, load_whole
+from mlx_distributed.cli.run import choose_device, make_checkpointer
 from mlx_distributed.cli.stages import make_mesh
 from mlx_distributed.comm.base import Communicator, LocalComm
-from mlx_distributed.config import load_config
+from mlx_distributed.config import Config, load_config
+from mlx_distributed.models import save_final
+from mlx_distributed.models.stages import Stage
 from mlx_distributed.parallel.builders import one_f_one_b
 from mlx_distributed.parallel.schedule import Action, Kind, Schedule
 from mlx_distributed.parallel.simulate import Costs, Span, StageCosts
 from mlx_distributed.parallel.validate import lower
+from mlx_distributed.train.checkpoint import CheckpointMeta
 from mlx_distributed.train.phases import Phases
 from mlx_distributed.train.pipeline import Between, Done, Microbatch, Pipeline
+from mlx_distributed.train.private import collect, give
 from mlx_distributed.train.setup import init_state
+from mlx_distributed.train.stage_files import finished, give_finished
+from mlx_distributed.train.state import TrainState
 from mlx_distributed.train.trainer import Trainer
 
 WHAT = "the benchmark"
@@ -35,16 +42,26 @@ WHAT = "the benchmark"
 Slept = tuple[tuple[Span, ...], int]
 """A step of one worker: its spans by the clock that all processes of the machine share, and the most forward passes
 whose input was held at a time, counted by the objects that were alive."""
-Trained = tuple[int, list[float], float]
-"""Some steps of one worker: the peak of MLX's memory in bytes, with the model that is ready to train; the seconds of
-each step; and those that the processor has worked on a step on average."""
+
+
+class Trained(NamedTuple):
+    """Some steps of one worker."""
+
+    peak_bytes: int
+    """Of MLX's memory, with the model that is ready to train."""
+    step_s: list[float]
+    processor_s: float
+    """That the processor has worked on a step on average."""
+    saving_peak_bytes: int
+    """Of MLX's memory, while a checkpoint and then `final/` are written."""
 
 
 class Sleeper(Pipeline):
     """A worker that sleeps for as long as its stages would compute. To be used as a context."""
 
     def __init__(self, comm: Communicator, schedule: Schedule, costs: Costs) -> None:
-        super().__init__([], [Between(1, mx.float32)] * schedule.num_stages, comm)
+        stages = [Stage() for _ in range(schedule.num_stages // comm.size)]
+        super().__init__(stages, [Between(1, mx.float32)] * schedule.num_stages, comm)
         self._costs, self._split, self._message = costs, schedule.split_backward, mx.zeros((1, 1, 1))
         mx.eval(self._message)
         self._links: dict[int, ThreadPoolExecutor] = {}
@@ -79,7 +96,7 @@ class Sleeper(Pipeline):
         self._sleep("B", stage, batch.seed, costs.backward_s + (0.0 if split else costs.weight_s))
         return None if stage == 0 else self._message
 
-    def _done(self, stage: int, index: int, held: object) -> Done:
+    def _done(self, stage: int, index: int, held: object, last: bool) -> Done:
         if self._split:
             self._sleep("W", stage, index, self._costs.stages[stage].weight_s)
         return Done(index, None, {})
@@ -156,7 +173,31 @@ def train_steps(comm: Communicator, config_file: Path) -> Trained:
     processor_s = (time.process_time() - begin_s) / len(step_s)
     peak_bytes = mx.get_peak_memory()
     comm.barrier(WHAT)
+    mx.reset_peak_memory()
+    save(config, loaded, state, comm)
+    saving_peak_bytes = max(mx.get_peak_memory(), mx.get_active_memory())
+    comm.barrier(WHAT)
     for group in (mesh.dp, mesh.pp):
         if group is not comm:
             group.close()
-    return peak_bytes, step_s, processor_s
+    return Trained(peak_bytes, step_s, processor_s, saving_peak_bytes)
+
+
+def save(config: Config, loaded: Loaded, state: TrainState, comm: Communicator) -> None:
+    """A checkpoint and the finished model, as a run writes them."""
+    if comm.rank == 0:
+        meta = CheckpointMeta(state.step, state.num_tokens, state.num_skipped, WHAT, None, loaded.facts, {})
+        make_checkpointer(config).save(state.parameters, state.shared, meta, collect(state, (), comm))
+    else:
+        give(state, (), comm)
+    model, trained = loaded.model, None
+    if loaded.staged is not None and comm.rank:
+        give_finished(model, loaded.staged.worker_of, comm)
+    elif loaded.staged is not None:
+        model = load_whole(config, loaded.tokenizer)
+        trained = finished(loaded.model, model, loaded.staged.worker_of, comm)
+    if comm.rank == 0:
+        save_final(
+            config.output_dir / "final", model, loaded.tokenizer, loaded.architecture,
+            source=config.model, method=config.method, lora=config.lora, trained=trained,
+        )  # fmt: skip

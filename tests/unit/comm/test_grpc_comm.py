@@ -342,5 +342,28 @@ def test_who_is_given_up_while_it_waits_itself_names_whom_it_waits_for() -> None
         over.set()
     assert first is not None
     assert last is not None
-    assert (first.peer, last.peer) == (1, 0)
+    assert (first.peer, last.peer) == (1, 1)
     assert re.fullmatch(r"sent nothing for [01]\.\d s", first.reason), first
+
+
+def test_the_end_of_a_chain_of_waits_is_named_by_all() -> None:
+    """Every rank waits for the next one, as in a pipeline, and the last one does nothing."""
+    comms = [GrpcComm(rank, 4, "run", timeout_s=1.0) for rank in range(4)]
+    over = threading.Event()
+
+    def be(rank: int) -> CommError | None:
+        comms[rank].connect([comm.address for comm in comms])
+        if rank == 3:
+            over.wait()
+            comms[rank].close(KeyboardInterrupt("over"))
+            return None
+        with pytest.raises(CommError) as caught:
+            comms[rank].recv(rank + 1, 0, "a test")
+        comms[rank].close(caught.value)
+        return caught.value
+
+    with ThreadPoolExecutor(4) as pool:
+        ranks = [pool.submit(be, rank) for rank in range(4)]
+        errors = [rank.result() for rank in ranks[:3]]
+        over.set()
+    assert [error and error.peer for error in errors] == [3, 3, 3]
