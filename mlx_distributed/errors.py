@@ -1,7 +1,7 @@
 """The errors that people see. Each message is one paragraph: the value that was given, the rule, what would work.
 
 The class decides the exit status of a command: `ConfigError` and `DataError` end with 2, since nothing has started;
-`CommError`, `CheckpointError` and `TrainingError` end with 1.
+`CommError`, `CheckpointError`, `StreamError`, `TrainingError` and `UploadError` end with 1.
 """
 
 from __future__ import annotations
@@ -25,8 +25,16 @@ class DataError(MlxDistributedError):
     exit_status = 2
 
 
+class StreamError(MlxDistributedError):
+    """Data that are read while a run goes on have changed, are broken, or cannot be had any more."""
+
+
 class CheckpointError(MlxDistributedError):
     """A checkpoint could not be written, read or used."""
+
+
+class UploadError(MlxDistributedError):
+    """What was exported could not be uploaded; it is whole on this machine."""
 
 
 class TrainingError(MlxDistributedError):

@@ -109,6 +109,8 @@ def describe(hint: Any) -> str:
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in args)
     if origin is tuple:
+        if get_origin(args[0]) is Literal:
+            return f"list of {describe(args[0])}"
         count = "" if args[-1] is Ellipsis else f"{len(args)} "
         return f"list of {count}{'name' if args[0] is str else describe(args[0])}s"
     return NAMES[hint]

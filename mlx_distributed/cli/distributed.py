@@ -8,16 +8,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_distributed.cli.bench.command import add_bench
+from mlx_distributed.cli.doctor.command import add_doctor
 from mlx_distributed.cli.elastic.verbs import add_coordinator, add_launch, add_status
 from mlx_distributed.cli.errors import run
+from mlx_distributed.cli.export.command import add_export
+from mlx_distributed.cli.import_config.command import add_import_config
 from mlx_distributed.cli.plan.command import add_plan
+from mlx_distributed.cli.preview.command import add_preview
+from mlx_distributed.cli.score import add_score
 from mlx_distributed.cli.verb import add_verb
 
 EPILOG = """\
 examples:
   mlx-distributed digest outputs/quickstart
+  mlx-distributed doctor --config my.yaml
   mlx-distributed plan --config my.yaml
+  mlx-distributed preview --config my.yaml
+  mlx-distributed import-config axolotl.yml --output my.yaml
+  mlx-distributed export runs/my-model
   mlx-distributed bench allreduce --nproc 2
+  mlx-distributed score answers.txt references.txt
   mlx-distributed launch --hosts b.local,c.local --config my.yaml
   mlx-distributed coordinator --config my.yaml elastic.listen=192.168.1.20:4000
   mlx-distributed status runs/my-model
@@ -53,8 +63,13 @@ def parser() -> argparse.ArgumentParser:
     digest.add_argument(
         "path", type=Path, metavar="PATH", help="a checkpoint, or an output_dir, whose newest whole one is taken"
     )
+    add_doctor(verbs)
     add_plan(verbs)
+    add_preview(verbs)
+    add_import_config(verbs)
+    add_export(verbs)
     add_bench(verbs)
+    add_score(verbs)
     add_launch(verbs)
     add_coordinator(verbs)
     add_status(verbs)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from mlx_distributed.cli.load import load_all
-from mlx_distributed.cli.stages import split_of
+from mlx_distributed.cli.load import load_all, load_whole
+from mlx_distributed.cli.plan.settle import settle
 from mlx_distributed.comm.base import LocalComm
 from mlx_distributed.config import Config
+from mlx_distributed.data.plan import Plan
 from mlx_distributed.parallel.data import rank_weights, share
 
 
@@ -14,18 +15,21 @@ def dry_run(config: Config) -> int:
     loaded = load_all(config, LocalComm())
     plan = loaded.plan
     num_stages = config.parallel.pipeline.num_stages
-    num_copies = config.parallel.nproc // num_stages
+    num_copies = config.parallel.size // num_stages
     ranges = share(plan.num_microbatches, rank_weights(config.parallel.share, num_copies))
     for line in loaded.rows.report.lines():
         print(line)
-    print(f"{plan.num_steps} steps of {plan.global_batch_size} rows, {plan.steps_per_epoch} steps per epoch")
+    per_epoch = f", {plan.steps_per_epoch} steps per epoch" if isinstance(plan, Plan) else ""
+    print(f"{plan.num_steps} steps of {plan.global_batch_size} rows{per_epoch}")
     for copy, (start, stop) in enumerate(ranges):
         workers = (
             f"worker {copy}" if num_stages == 1 else f"workers {copy * num_stages} to {(copy + 1) * num_stages - 1}"
         )
         print(f"{workers}: {stop - start} of the {plan.num_microbatches} micro-batches of a step")
     if num_stages > 1:
-        split = split_of(loaded.model, config.parallel.pipeline, num_stages)
-        print(f"layers of each stage: {', '.join(map(str, split))}")
+        rows = None if config.data.streaming else loaded.rows
+        settled = settle(load_whole(config, loaded.tokenizer), config, rows, LocalComm())
+        print(f"layers of each stage: {', '.join(map(str, settled.settings.split))}")
+        print(settled.reason)
     print("the configuration and the data are fine; run again without --dry-run to train")
     return 0

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -21,16 +21,28 @@ from typing import Any
 from mlx_distributed.cli.control import Control
 from mlx_distributed.cli.errors import INTERRUPTED
 from mlx_distributed.cli.interrupt import SIGNALS
-from mlx_distributed.errors import ConfigError
+from mlx_distributed.cli.output_dir import RunRecord
+from mlx_distributed.errors import ConfigError, MlxDistributedError
 
 GRACE_S = 30.0
 """How long rank 0 of a run may take to notice that another worker has failed. Then it says that it saves, which has no
 limit."""
 LAST_S = 2.0
 """How long the others may take to end when the run has failed."""
+OUT_OF_MEMORY = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS)
 MAX_INTERRUPTS = 3
 """So many Ctrl-C end workers that do not listen."""
 
+ONE_MACHINE: Mapping[str, Any] = {
+    "first_rank": 0, "host": "127.0.0.1", "machines": [], "identity": None, "quiet": False
+}  # fmt: skip
+"""Where the workers of a group are that is on one machine."""
+
+MEMORY_HINT = (
+    "a worker that is ended so has often run out of memory; less is taken with train.gradient_checkpointing=true, a "
+    "smaller train.micro_batch_size or train.micro_batch_tokens, or optimizer.shard=true with several workers, and "
+    "mlx-distributed plan says how much. --resume goes on from the last checkpoint"
+)
 OPENBLAS_HINT = (
     "hint: OpenBLAS is not installed, and the matrix product that comes with MLX for Linux is many times slower; "
     "on Debian and Ubuntu: apt-get install libopenblas0-pthread"
@@ -58,6 +70,12 @@ class Worker:
             self.dismissed = True
             self.process.kill()
             self.process.wait()
+
+    @property
+    def may_have_run_out_of_memory(self) -> bool:
+        """Whether it has ended as the system ends a process that it has no memory for, or as MLX does on a CPU; others
+        may have killed it all the same."""
+        return not self.dismissed and self.process.returncode in OUT_OF_MEMORY
 
     def ending(self) -> str | None:
         """How it failed, where it could not say so itself."""
@@ -105,6 +123,32 @@ def worker_environment(environ: Mapping[str, str], platform: str) -> tuple[dict[
     return env, hint
 
 
+def training_job(record: RunRecord, resume: str | None) -> dict[str, Any]:
+    """What all workers of a run are told."""
+    same = {"config_file": str(record.config_file), "run_id": record.run_id, "wandb_id": record.wandb_id}
+    return {**same, "resume": resume, "eval_only": False}
+
+
+def worker_jobs(
+    job: Mapping[str, Any], num_workers: int, secret: str, place: Mapping[str, Any] = ONE_MACHINE
+) -> list[dict[str, Any]]:
+    """What each worker of this machine is told, in a run whose group stays as it is.
+
+    Args:
+        job: what all of them are told.
+        num_workers: on this machine.
+        secret: by which ranks know each other.
+        place: where they are in the group.
+    """
+    return [{**job, "rank": rank, "secret": secret, "place": dict(place)} for rank in range(num_workers)]
+
+
+def log_files(logs: Path, num_workers: int) -> list[Path | None]:
+    """Where the output of each worker goes, in this folder; that of the first one stays on the console."""
+    logs.mkdir(exist_ok=True)
+    return [None if rank == 0 else logs / f"rank-{rank}.log" for rank in range(num_workers)]
+
+
 class LocalWorkers:
     """Workers of one command, started on this machine; Ctrl-C is passed on to them until `close`.
 
@@ -125,20 +169,21 @@ class LocalWorkers:
         module: str = "mlx_distributed.cli.worker",
     ) -> None:
         self._module, self._flags = module, ["--debug"] if debug else []
+        self._jobs, self._log_files, self._env = list(jobs), log_files, env
         self._num_interrupts = 0
         self._on_sigterm = signal.SIGINT
         """What SIGTERM is passed on as: the two ask for the same, but of a worker that joined a run."""
         self._workers: list[Worker] = []
         self._previous = {number: signal.signal(number, self._interrupt) for number in SIGNALS}
-        # A worker inherits the mask: what is sent before it can handle a signal waits for that. And a signal of ours
-        # waits until there is somebody to pass it on to.
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
-            for rank, (job, log_file) in enumerate(zip(jobs, log_files, strict=True)):
-                self._workers.append(self._start(rank, log_file, env))
-                self._workers[rank].control.send(**job)
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        with waiting_signals():
+            for rank in range(len(jobs)):
+                self._workers.append(self._begin(rank))
+
+    def _begin(self, rank: int) -> Worker:
+        """Start the worker of a job, and tell it what it is to do."""
+        worker = self._start(rank, self._log_files[rank], self._env)
+        worker.control.send(**self._jobs[rank])
+        return worker
 
     def close(self) -> None:
         """End those that have not ended."""
@@ -171,6 +216,17 @@ class LocalWorkers:
         for worker in self._workers:
             with contextlib.suppress(ProcessLookupError):
                 worker.process.send_signal(passed_on if self._num_interrupts < MAX_INTERRUPTS else signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def waiting_signals() -> Iterator[None]:
+    """While workers are started. They inherit the mask: what is sent before one can handle a signal waits for that. And
+    a signal of ours waits until there is somebody to pass it on to."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 class LocalGroup(LocalWorkers):
@@ -217,9 +273,21 @@ class LocalGroup(LocalWorkers):
                     waiting.control.hang_up()
                 return False
             addresses.append(message["address"])
+        try:
+            of_all = self._all_addresses(addresses)
+        except MlxDistributedError as error:
+            for worker in self._workers:
+                worker.dismissed = True
+                worker.control.hang_up()
+            self._workers[0].error = str(error)
+            return False
         for worker in self._workers:
-            worker.control.send(addresses=addresses)
+            worker.control.send(addresses=of_all)
         return True
+
+    def _all_addresses(self, here: list[str]) -> list[str]:
+        """Of all workers of the group, given those on this machine. May raise MlxDistributedError."""
+        return here
 
     def _wait(self) -> None:
         """Until rank 0 has ended; where another one has failed, rank 0 must soon say that it saves, or end."""
@@ -273,4 +341,6 @@ class LocalGroup(LocalWorkers):
         errors = [worker.error for worker in told if worker.error][:1]
         for line in [*errors, *filter(None, (worker.ending() for worker in self._workers))]:
             print(f"error: {line}", file=sys.stderr)
+        if any(worker.may_have_run_out_of_memory for worker in self._workers):
+            print(f"hint: {MEMORY_HINT}", file=sys.stderr)
         return 0 if not failed else ConfigError.exit_status if ConfigError.exit_status in failed else 1

@@ -21,8 +21,12 @@ from mlx_distributed.tracking import new_wandb_id
 _LOCK, _PENDING, _RECORD_ASIDE = ".lock", ".config.yaml", ".run.json"
 JOURNAL, ACCESS, ACCESS_ASIDE = "coordinator.journal", "coordinator.json", ".coordinator.json"
 """Of an elastic run."""
-_BEFORE_A_RUN = {_LOCK, _PENDING, _RECORD_ASIDE, JOURNAL, ACCESS, ACCESS_ASIDE, "run.json", "logs"}
-"""What a run that was refused leaves; there is a run when rank 0 has accepted the configuration."""
+EVALUATION = "eval.json"
+"""Of `mlx-train --eval-only`."""
+DATA = "data.json"
+"""What became of the rows (`data_report`)."""
+_BEFORE_A_RUN = {_LOCK, _PENDING, _RECORD_ASIDE, JOURNAL, ACCESS, ACCESS_ASIDE, EVALUATION, DATA, "run.json", "logs"}
+"""What a run that was refused leaves, or an evaluation; there is a run when rank 0 has accepted the configuration."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,12 @@ def open_output_dir(config: Config, resume: bool, joined: tuple[str, str] | None
 def accept_config(config: Config) -> None:
     """Put the configuration in place of the one before, now that nothing speaks against the run."""
     (config.output_dir / _PENDING).replace(config.output_dir / "config.yaml")
+
+
+def config_file(folder: Path) -> Path:
+    """The configuration of a run that has begun, accepted or not yet."""
+    pending = folder / _PENDING
+    return pending if pending.exists() else folder / "config.yaml"
 
 
 def _take(lock: IO[bytes], folder: Path) -> None:

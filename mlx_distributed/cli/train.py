@@ -7,12 +7,14 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mlx_distributed.cli.errors import run as run_and_report
-from mlx_distributed.cli.local import LocalGroup, worker_environment
-from mlx_distributed.cli.output_dir import RunRecord, open_output_dir
+from mlx_distributed.cli.local import LocalGroup, log_files, training_job, worker_environment, worker_jobs
+from mlx_distributed.cli.output_dir import open_output_dir
 from mlx_distributed.config import Config, load_config, to_yaml
 from mlx_distributed.config.checks import is_address
 from mlx_distributed.errors import ConfigError
@@ -22,13 +24,15 @@ examples:
   mlx-train --config configs/quickstart.yaml
   mlx-train --config my.yaml --nproc 2 optimizer.learning_rate=2e-4 train.max_steps=500
   mlx-train --config my.yaml --resume
+  mlx-train --config my.yaml --resume best --eval-only eval.generate=true eval.metrics='[bleu, chrf]'
   mlx-train --config my.yaml --nproc 2 elastic.enabled=true elastic.listen=192.168.1.20:4000
-  mlx-train --join mlxd1...
+  mlx-train --config my.yaml parallel.pipeline.num_stages=2 parallel.num_workers=2 parallel.listen=192.168.1.20:4000
+  mlx-train --join STRING
 
 exit status: 0 done; 1 failed while running; 2 the configuration or the data was refused; 130 interrupted, after saving
 """
 
-LISTEN = "elastic.listen="
+LISTEN = ("elastic.listen=", "parallel.listen=")
 _OVERRIDE = re.compile(r"[a-z_0-9]+(\.[A-Za-z_0-9]+)*=")
 
 
@@ -52,6 +56,12 @@ def parser() -> argparse.ArgumentParser:
         const="auto",
         metavar="WHICH",
         help="go on from a checkpoint: auto (the default: the newest whole one, else anew), last, best, or a path",
+    )
+    parser.add_argument(
+        "--eval-only",
+        action="store_true",
+        help="evaluate a checkpoint (--resume WHICH), or without one the model as it begins, into DIR/eval.json; train "
+        "nothing",
     )
     parser.add_argument("--output-dir", metavar="DIR", help="where everything is written (output_dir)")
     parser.add_argument("--dry-run", action="store_true", help="check configuration and data, print the plan, stop")
@@ -94,6 +104,8 @@ def _train(args: argparse.Namespace) -> int:
         from mlx_distributed.cli.dry_run import dry_run
 
         return dry_run(config)
+    if args.eval_only:
+        return _evaluate(config, args.resume, args.debug)
     if config.parallel.backend == "native":
         from mlx_distributed.cli.native import run_native
 
@@ -103,26 +115,32 @@ def _train(args: argparse.Namespace) -> int:
         from mlx_distributed.cli.elastic.host import host
 
         return host(config, record, args.resume, args.debug)
-    return _run_workers(config, record, args.resume, args.debug)
+    return _run_workers(config, training_job(record, args.resume), config.output_dir / "logs", args.debug)
 
 
 def _join(args: argparse.Namespace) -> int:
     own = {"--resume": args.resume, "--dry-run": args.dry_run, "--print-config": args.print_config}
-    listen = [text.removeprefix(LISTEN) for text in args.overrides if text.startswith(LISTEN)]
+    own["--eval-only"] = args.eval_only
+    listen = [text for text in args.overrides if text.startswith(LISTEN)]
     given = [*(name for name, value in own.items() if value), *args.overrides]
     given = [text for text in given if not text.startswith(LISTEN)]
     if given:
         raise ConfigError(
             f"{given[0]} cannot stand beside --join, as the run that is joined decides it; only --nproc, --output-dir "
-            "and elastic.listen can"
+            "and elastic.listen or parallel.listen can"
         )
-    if listen and not is_address(listen[-1]):
+    address = listen[-1].partition("=")[2] if listen else None
+    if address is not None and not is_address(address):
         raise ConfigError(
-            f"{LISTEN}{listen[-1]}: must be an address or an interface of this machine, and a port or 0, such as en5:0"
+            f"{listen[-1]}: must be an address or an interface of this machine, and a port or 0, such as en5:0"
         )
     from mlx_distributed.cli.elastic.attended import READY, Attendance, read_line
+    from mlx_distributed.cli.elastic.invitation import Invitation
     from mlx_distributed.cli.elastic.join import join
+    from mlx_distributed.cli.elastic.machine import resolve, this_machine
 
+    if address is not None:
+        address = resolve(address, this_machine().interfaces(), listen[-1].partition("=")[0])
     text, attendance = args.join, None
     if text == "-":
         stdin = sys.stdin.fileno()
@@ -131,26 +149,38 @@ def _join(args: argparse.Namespace) -> int:
         text = read_line(stdin)
         attendance = Attendance(stdin) if args.attended else None
     folder = args.output_dir and Path(args.output_dir)
-    return join(text, args.nproc, folder, args.debug, attendance=attendance, listen=listen[-1] if listen else None)
+    if Invitation.decode(text).kind == "group":
+        from mlx_distributed.cli.meeting.training import join as take_part
+
+        return take_part(text, args.nproc, folder, args.debug, quiet=attendance is not None, listen=address)
+    return join(text, args.nproc, folder, args.debug, attendance=attendance, listen=address)
 
 
-def _run_workers(config: Config, record: RunRecord, resume: str | None, debug: bool) -> int:
+def _evaluate(config: Config, resume: str | None, debug: bool) -> int:
+    """With files of its own, so that the run that is evaluated may be under way meanwhile."""
+    with tempfile.TemporaryDirectory(prefix="mlx-train-") as name:
+        config_file = Path(name) / "config.yaml"
+        config_file.write_text(to_yaml(config), encoding="utf-8")
+        job = {"config_file": str(config_file), "run_id": "", "wandb_id": "", "resume": resume, "eval_only": True}
+        return _run_workers(config, job, Path(name), debug)
+
+
+def _run_workers(config: Config, job: Mapping[str, Any], logs: Path, debug: bool) -> int:
+    """Start the workers of a run on this machine, and on others, wait for their end, and return the exit status.
+
+    Args:
+        config: of the run.
+        job: what all of them are told.
+        logs: folder of the log files of those that are not rank 0.
+        debug: have them print tracebacks.
+    """
+    if config.parallel.size > config.parallel.nproc:
+        from mlx_distributed.cli.meeting.training import lead
+
+        return lead(config, job, logs, debug)
     env, hint = worker_environment(os.environ, sys.platform)
     if hint:
         print(hint, file=sys.stderr)
-    secret = secrets.token_hex(16)
-    jobs = [
-        {
-            "config_file": str(record.config_file),
-            "rank": rank,
-            "secret": secret,
-            "run_id": record.run_id,
-            "wandb_id": record.wandb_id,
-            "resume": resume,
-        }
-        for rank in range(config.parallel.nproc)
-    ]
-    logs = config.output_dir / "logs"
-    logs.mkdir(exist_ok=True)
-    log_files = [None if rank == 0 else logs / f"rank-{rank}.log" for rank in range(config.parallel.nproc)]
-    return LocalGroup(jobs, log_files, env, debug).run()
+    nproc = config.parallel.nproc
+    jobs = worker_jobs(job, nproc, secrets.token_hex(16))
+    return LocalGroup(jobs, log_files(logs, nproc), env, debug).run()

@@ -57,6 +57,7 @@ def _work(message: Mapping[str, Any], control: Control, interrupt: Interrupt, ma
     from mlx_distributed.cli.run import Job, train
     from mlx_distributed.cli.stages import make_mesh
     from mlx_distributed.comm.group import join_group
+    from mlx_distributed.comm.grpc_comm import GrpcComm
     from mlx_distributed.config import load_config
     from mlx_distributed.parallel.data import rank_weights
 
@@ -65,15 +66,34 @@ def _work(message: Mapping[str, Any], control: Control, interrupt: Interrupt, ma
     config = load_config(Path(message["config_file"]))
     if "seat" in message:
         return _work_elastic(config, message, control, interrupt, machine)
-    rank, parallel = message["rank"], config.parallel
+    place, parallel, secret = message["place"], config.parallel, message["secret"]
+    host, machines = place["host"], place["machines"]
+    identity = None
+    if place["identity"] is not None:
+        from mlx_distributed.comm.tls import Identity
 
-    listen = f"127.0.0.1:{parallel.port + rank if parallel.port else 0}"
-    bandwidths = rank_weights(parallel.bandwidth, parallel.nproc)
-    comm = join_group(rank, parallel.nproc, message["secret"], parallel.timeout_s, listen, control.exchange, bandwidths)
-    job = Job(
-        config, message["run_id"], message["wandb_id"], message["resume"], on_loss=lambda: control.send(saving=True)
+        identity = Identity(**place["identity"])
+    listen = f"{host}:{parallel.port + message['rank'] if parallel.port else 0}"
+    bandwidths = rank_weights(parallel.bandwidth, parallel.size)
+    rank = place["first_rank"] + message["rank"]
+    comm = join_group(
+        rank, parallel.size, secret, parallel.timeout_s, listen, control.exchange, bandwidths, identity=identity
     )
-    return train(job, comm, interrupt, make_mesh(config, comm, message["secret"]))
+    if isinstance(comm, GrpcComm) and parallel.bandwidth == "auto" and len(set(machines)) > 1:
+        from mlx_distributed.elastic.links import share_slices
+
+        share_slices([0.0] * comm.size, comm)
+    mesh = make_mesh(config, comm, secret, host, identity, machines)
+
+    def on_saving() -> None:
+        control.send(saving=True)
+
+    job = Job(config, message["run_id"], message["wandb_id"], message["resume"], not place["quiet"], on_saving)
+    if message["eval_only"]:
+        from mlx_distributed.cli.eval_only import evaluate_only
+
+        return evaluate_only(job, comm, mesh)
+    return train(job, comm, interrupt, mesh)
 
 
 def _work_elastic(
@@ -89,7 +109,9 @@ def _work_elastic(
     place = dict(message["seat"])
     identity = place.pop("identity")
     seat = Seat(identity=None if identity is None else Identity(**identity), **place)
-    job = Job(config, message["run_id"], message["wandb_id"], message["resume"], message["log"])
+    job = Job(
+        config, message["run_id"], message["wandb_id"], message["resume"], message["log"], halvings=message["halvings"]
+    )
     status = train_elastic(job, seat, enroll, interrupt, machine)
     if status and interrupt.terminated:
         # The run goes on without this process, which has not ended it: it ends as any other does that gets SIGTERM.

@@ -10,44 +10,45 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any
 
-from mlx_distributed.config.schema import Config, DataConfig, ModelConfig, ParallelConfig
+from mlx_distributed.config.eval_checks import check_eval
+from mlx_distributed.config.precision_checks import check_precision
+from mlx_distributed.config.problem import Problem
+from mlx_distributed.config.schema import (
+    LENGTH_MULTIPLE,
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+from mlx_distributed.config.stream_checks import check_stream
 
 OUR_ROLES = ("system", "user", "assistant", "tool", "function_call")
-
-
-class Problem(NamedTuple):
-    """A value that cannot be used."""
-
-    key: str
-    """Dotted, as in `train.micro_batch_size`."""
-    message: str
-    """The rule and what would work."""
-    others: tuple[str, ...] = ()
-    """Further keys that the rule is about: changing one of them would help as well."""
-
 
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "at least 1",
         lambda value: value >= 1,
-        "lora.rank train.global_batch_size train.micro_batch_size train.max_steps eval.steps eval.max_examples "
-        "eval.max_new_tokens checkpoint.steps checkpoint.save_total_limit logging.steps parallel.diloco.sync_every "
-        "parallel.diloco.fragments parallel.pipeline.num_stages parallel.pipeline.chunks elastic.min_workers",
+        "lora.rank train.global_batch_size train.micro_batch_size train.micro_batch_tokens train.max_steps eval.steps "
+        "eval.max_examples eval.max_new_tokens eval.patience checkpoint.steps checkpoint.save_total_limit "
+        "logging.steps parallel.diloco.sync_every parallel.diloco.fragments parallel.pipeline.num_stages "
+        "parallel.pipeline.chunks parallel.num_workers elastic.min_workers",
     ),
     ("at least 2, a token and the one after it", lambda value: value >= 2, "data.max_seq_length"),
     (
         "at least 0",
         lambda value: value >= 0,
-        "optimizer.weight_decay scheduler.warmup_steps eval.num_samples parallel.delay_compensation "
+        "optimizer.weight_decay scheduler.warmup_steps eval.num_samples eval.min_delta parallel.delay_compensation "
         "parallel.diloco.overlap_steps",
     ),
     (
         "above 0",
         lambda value: value > 0,
-        "lora.alpha lora.scale train.epochs train.max_grad_norm optimizer.learning_rate optimizer.eps "
-        "parallel.timeout_s parallel.diloco.outer_learning_rate elastic.wait_s elastic.coordinator_grace_s",
+        "lora.alpha lora.scale train.epochs train.max_grad_norm train.neftune_noise_alpha optimizer.learning_rate "
+        "optimizer.eps parallel.timeout_s parallel.diloco.outer_learning_rate elastic.wait_s "
+        "elastic.coordinator_grace_s",
     ),
     (
         "at least 0 and below 1",
@@ -55,6 +56,8 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "lora.dropout data.val_fraction scheduler.warmup_ratio parallel.diloco.outer_momentum",
     ),
     ("from 0 to 1", lambda value: 0 <= value <= 1, "data.max_invalid_fraction scheduler.min_lr_ratio"),
+    ("2, 3, 4, 6 or 8", lambda value: value in (2, 3, 4, 6, 8), "model.quantize.bits"),
+    ("32, 64 or 128", lambda value: value in (32, 64, 128), "model.quantize.group_size"),
     ("-1 (all layers) or at least 1", lambda value: value == -1 or value >= 1, "lora.num_layers"),
     # numpy, MLX and the tokenizers all take 32 bits.
     ("from 0 to 4294967295", lambda value: 0 <= value < 2**32, "seed"),
@@ -159,9 +162,15 @@ def _data(data: DataConfig) -> Iterator[Problem]:
 
 
 def _step(config: Config) -> Iterator[Problem]:
+    if config.train.memory_budget is not None and config.train.budget_bytes is None:
+        rule = "must be above 0 and written as in 12GB or 8GiB; leave it out to set no limit"
+        yield Problem("train.memory_budget", rule)
     # The workers of one copy of the model compute the same micro-batches.
-    train, nproc = config.train, config.parallel.nproc // max(config.parallel.pipeline.num_stages, 1)
+    train, nproc = config.train, config.parallel.size // max(config.parallel.pipeline.num_stages, 1)
     if train.micro_batch_size < 1 or train.global_batch_size < 1:
+        return
+    if train.micro_batch_tokens is not None:
+        yield from _token_budget(config, train.micro_batch_tokens)
         return
     # Larger micro-batches than these are nobody's; the bound keeps a mistyped number from being factored for hours.
     divisors = [size for size in range(1, min(train.global_batch_size, 4096) + 1) if not train.global_batch_size % size]
@@ -174,11 +183,10 @@ def _step(config: Config) -> Iterator[Problem]:
         )
     elif nproc > train.num_microbatches:
         fitting = [size for size in divisors if train.global_batch_size // size >= nproc]
-        works = (
-            f"train.micro_batch_size={fitting[-1]} or less" if fitting else f"train.global_batch_size={nproc} or more"
-        )
+        due = nproc * train.micro_batch_size
+        works = f"train.micro_batch_size={fitting[-1]} or less" if fitting else f"train.global_batch_size={due} or more"
         yield Problem(
-            "parallel.nproc",
+            _count(config.parallel),
             f"a step has only {train.num_microbatches} micro-batches (train.global_batch_size="
             f"{train.global_batch_size} / train.micro_batch_size={train.micro_batch_size}), so a worker would have "
             f"nothing to do; use {train.num_microbatches} or less, or {works}",
@@ -186,16 +194,34 @@ def _step(config: Config) -> Iterator[Problem]:
         )
 
 
+def _token_budget(config: Config, limit: int) -> Iterator[Problem]:
+    key, rows = "train.micro_batch_tokens", ("train.micro_batch_size",)
+    if config.train.micro_batch_size != TrainConfig().micro_batch_size:
+        rule = f"cannot stand beside train.micro_batch_size={config.train.micro_batch_size}; remove one of the two"
+        yield Problem(key, rule, rows)
+    longest = config.data.max_seq_length
+    due = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    if limit < due:
+        rule = f"a row of data.max_seq_length={longest} tokens would not fit; use {due} or more, or shorter rows"
+        yield Problem(key, rule, ("data.max_seq_length",))
+
+
+def _count(parallel: ParallelConfig) -> str:
+    """The key that says how many workers there are."""
+    return "parallel.nproc" if parallel.num_workers is None else "parallel.num_workers"
+
+
 def _parallel(parallel: ParallelConfig) -> Iterator[Problem]:
-    nproc, num_copies = parallel.nproc, parallel.nproc // max(parallel.pipeline.num_stages, 1)
-    for key, weights, due in (
-        ("parallel.share", parallel.share, num_copies),
-        ("parallel.bandwidth", parallel.bandwidth, nproc),
+    nproc, num_stages, count = parallel.nproc, max(parallel.pipeline.num_stages, 1), _count(parallel)
+    for key, weights, due, default in (
+        ("parallel.share", parallel.share, parallel.size // num_stages, "even"),
+        ("parallel.bandwidth", parallel.bandwidth, parallel.size, "even"),
+        ("parallel.pipeline.speeds", parallel.pipeline.speeds, parallel.size, "auto"),
     ):
         if isinstance(weights, tuple):
             if len(weights) != due:
-                rule = f"has {len(weights)} weights for parallel.nproc={nproc}; give {due}, or even"
-                yield Problem(key, rule, ("parallel.nproc",))
+                rule = f"has {len(weights)} weights for {count}={parallel.size}; give {due}, or {default}"
+                yield Problem(key, rule, (count,))
             elif min(weights) <= 0:
                 yield Problem(key, "weights must be above 0; give such weights, or start fewer workers")
     if parallel.backend == "native" and nproc > 1:
@@ -211,6 +237,31 @@ def _parallel(parallel: ParallelConfig) -> Iterator[Problem]:
     if parallel.port and not 1024 <= parallel.port <= 65535 - nproc:
         rule = f"must be 0 (free ports are taken) or from 1024 to {65535 - nproc}, since each worker takes one"
         yield Problem("parallel.port", f"{rule}; 0 is the default", ("parallel.nproc",))
+    yield from _machines(parallel)
+
+
+def _machines(parallel: ParallelConfig) -> Iterator[Problem]:
+    """Of workers on several machines that are all there from the beginning to the end."""
+    listen, num_workers, all_of_them = "parallel.listen", parallel.num_workers, ("parallel.num_workers",)
+    if parallel.listen is not None and not is_address(parallel.listen):
+        rule = "must be a host and a port that other machines reach, such as 192.168.1.20:4000 or studio.local:4000"
+        yield Problem(listen, f"{rule}; leave it out to train on this machine alone")
+    elif parallel.listen is not None and num_workers is None:
+        rule = "needs parallel.num_workers, to know how many are to come; set that (where workers may come and go, use"
+        yield Problem(listen, f"{rule} elastic.listen), or remove it", all_of_them)
+    if num_workers is None:
+        return
+    if num_workers < parallel.nproc:
+        rule = f"is on all machines, and parallel.nproc={parallel.nproc} are on this one; use {parallel.nproc} or more"
+        yield Problem("parallel.num_workers", rule, ("parallel.nproc",))
+    elif num_workers > parallel.nproc and parallel.listen is None:
+        num_others = num_workers - parallel.nproc
+        rule = f"leaves {num_others} for other machines: set parallel.listen to an address of this one that they reach,"
+        use = f"such as 192.168.1.20:4000, or --nproc {num_workers}"
+        yield Problem("parallel.num_workers", f"{rule} {use}", (listen, "parallel.nproc"))
+    if parallel.backend == "native":
+        rule = "cannot stand beside parallel.backend=native, where mlx.launch starts the workers; remove one of the two"
+        yield Problem("parallel.num_workers", rule, ("parallel.backend",))
 
 
 def _sync(config: Config) -> Iterator[Problem]:
@@ -254,18 +305,18 @@ def _pipeline(config: Config) -> Iterator[Problem]:
         yield Problem("parallel.pipeline.split", f"{rule}; or use auto", stages)
     if pipeline.num_stages <= 1:
         return
-    if parallel.nproc % pipeline.num_stages:
+    if parallel.size % pipeline.num_stages:
         rule = f"must be a multiple of parallel.pipeline.num_stages={pipeline.num_stages}, the workers of one copy"
-        use = -(-parallel.nproc // pipeline.num_stages) * pipeline.num_stages
-        yield Problem("parallel.nproc", f"{rule} of the model; use --nproc {use}", stages)
+        num = -(-parallel.size // pipeline.num_stages) * pipeline.num_stages
+        use = f"--nproc {num}" if parallel.num_workers is None else f"{num}"
+        yield Problem(_count(parallel), f"{rule} of the model; use {use}", stages)
     for key, fits, rule in (
         ("parallel.backend", parallel.backend == "grpc", "its groups are made over gRPC; use grpc"),
         ("parallel.sync", parallel.sync == "step", "its workers agree in every step; use step"),
         ("parallel.wire", parallel.wire == "fp32", "what rounding leaves out would belong to a stage; use fp32"),
         ("optimizer.shard", not config.optimizer.shard, "a stage has only its part of the moments anyway; use false"),
-        ("parallel.bandwidth", isinstance(parallel.bandwidth, str), "its groups are on one machine; use even"),
+        ("parallel.bandwidth", isinstance(parallel.bandwidth, str), "its groups have slices of their own; use even"),
         ("elastic.enabled", not config.elastic.enabled, "a lost worker takes its layers with it; use false"),
-        ("eval.generate", not config.eval.generate, "nobody has the whole model to generate with; use false"),
     ):
         if not fits:
             of = f"parallel.pipeline.num_stages={pipeline.num_stages}"
@@ -288,6 +339,7 @@ def _elastic(config: Config) -> Iterator[Problem]:
     if not elastic.enabled:
         return
     for key, fits, rule in (
+        ("parallel.num_workers", parallel.num_workers is None, "workers come and go; leave it out"),
         ("parallel.backend", parallel.backend == "grpc", "a native group cannot lose a member; use grpc"),
         ("parallel.sync", parallel.sync != "delayed", "a sum under way is of one group; use step or diloco"),
         ("parallel.diloco.overlap_steps", not parallel.diloco.overlap_steps, "a sum under way is of one group; use 0"),
@@ -315,7 +367,7 @@ def is_address(text: str) -> bool:
 
 
 def _pairs(config: Config) -> Iterator[Problem]:
-    lora, scheduler, data = config.lora, config.scheduler, config.data
+    lora, scheduler = config.lora, config.scheduler
     if lora.alpha is not None and lora.scale is not None:
         rule = f"cannot stand beside lora.alpha={lora.alpha:g}, since scale is alpha / rank; remove one of the two"
         yield Problem("lora.scale", rule, ("lora.alpha",))
@@ -327,12 +379,13 @@ def _pairs(config: Config) -> Iterator[Problem]:
     if config.optimizer.shard and config.parallel.backend == "native":
         rule = "needs parallel.backend=grpc: a native group only sums whole arrays; use that backend, or false"
         yield Problem("optimizer.shard", rule, ("parallel.backend",))
-    if config.eval.generate and not data.validation and not data.val_fraction:
-        rule = "needs rows to generate for; set data.validation or data.val_fraction (0.1, say), or leave it out"
-        yield Problem("eval.generate", rule, ("data.validation", "data.val_fraction"))
-    if config.wandb.log_checkpoints and not config.wandb.project:
-        rule = "needs wandb.project, without which Weights & Biases is off; set that, or leave this out"
-        yield Problem("wandb.log_checkpoints", rule, ("wandb.project",))
+    yield from check_eval(config)
+    yield from check_stream(config)
+    yield from check_precision(config)
+    for key in ("log_checkpoints", "log_final", "system_metrics"):
+        if getattr(config.wandb, key) and not config.wandb.project:
+            rule = "needs wandb.project, without which Weights & Biases is off; set that, or leave this out"
+            yield Problem(f"wandb.{key}", rule, ("wandb.project",))
 
 
 def listed(items: tuple[object, ...] | list[Any]) -> str:

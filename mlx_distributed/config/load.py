@@ -10,7 +10,8 @@ import math
 import re
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from mlx_distributed.config.checks import check, listed
-from mlx_distributed.config.names import unknown_key
+from mlx_distributed.config.names import canonical, rename_aliases, unknown_key
 from mlx_distributed.config.nodes import (
     COMMAND_LINE,
     SCALARS,
@@ -50,27 +51,59 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: the file cannot be read, or something in it or in the overrides cannot be used. One line per
             problem, `file:line: key=value: rule; what works`, in the order of the file.
     """
-    text = _read_text(path)
+    return parse_config(_read_text(path), path, overrides)
+
+
+def parse_config(text: str, path: Path, overrides: Sequence[str] = ()) -> Config:
+    """As `load_config`, for the `text` of a file that would stand at `path`."""
     reader = _Reader(path)
-    try:
-        root = compose(text, str(path))
-        if not isinstance(root, yaml.MappingNode):
-            found = "the file is empty" if root is None or is_null(root) else f"the top level is {show(root)}"
-            rule = f"{found}; it must be a mapping of sections such as model, data and train"
-            raise _refusal(path, [f"{path}:{1 if root is None else root.start_mark.line + 1}: {rule}"])
+    with _refusing(path, text):
+        root = _mapping(text, path)
+        rename_aliases(root)
         for override in overrides:
             root = reader.override(root, override)
         expand_sources(root)
         reader.locate(root, "")
         config = reader.section(root, Config, "")
+    reader.check(config)
+    reader.refuse_problems()
+    return replace(config, output_dir=_absolute(path.parent, str(config.output_dir)))
+
+
+def read_mapping(path: Path) -> yaml.MappingNode:
+    """The nodes of any YAML file that holds a mapping, `<<` resolved; keys are text, and none stands twice.
+
+    Raises:
+        ConfigError: it is no such file.
+    """
+    text = _read_text(path)
+    reader = _Reader(path)
+    with _refusing(path, text):
+        root = _mapping(text, path)
+        reader.locate(root, "")
+        construct(root)  # nothing in it has a tag of which there is no plain value
+    reader.refuse_problems()
+    return root
+
+
+def _mapping(text: str, path: Path) -> yaml.MappingNode:
+    root = compose(text, str(path))
+    if isinstance(root, yaml.MappingNode):
+        return root
+    found = "the file is empty" if root is None or is_null(root) else f"the top level is {show(root)}"
+    rule = f"{found}; it must be a mapping of sections such as model, data and train"
+    raise _refusal(path, [f"{path}:{1 if root is None else root.start_mark.line + 1}: {rule}"])
+
+
+@contextmanager
+def _refusing(path: Path, text: str) -> Iterator[None]:
+    """Refuse what is no YAML, or too much of it."""
+    try:
+        yield
     except RecursionError as error:
         raise _refusal(path, [f"{path}:1: the file refers to itself or is nested too deeply"]) from error
     except yaml.YAMLError as error:
         raise _refusal(path, [f"{_where(error, path, text)}: {_words(error)}"]) from error
-    reader.check(config)
-    if reader.problems:
-        raise _refusal(path, [line for _, line in sorted(reader.problems, key=lambda problem: problem[0])])
-    return replace(config, output_dir=_absolute(path.parent, str(config.output_dir)))
 
 
 def _refusal(path: Path, lines: Sequence[str]) -> ConfigError:
@@ -125,6 +158,10 @@ class _Reader:
         else:
             self.problems.append((mark.line, f"{self.path}:{mark.line + 1}: {label}: {rule}"))
 
+    def refuse_problems(self) -> None:
+        if self.problems:
+            raise _refusal(self.path, [line for _, line in sorted(self.problems, key=lambda problem: problem[0])])
+
     def wrong(self, error: WrongValue) -> None:
         self.broken.add(error.key)
         self.report(error.node.start_mark, f"{error.key}={show(error.node)}", error.rule)
@@ -140,7 +177,7 @@ class _Reader:
         try:
             node = compose(value, COMMAND_LINE) or yaml.ScalarNode(TAG + "null", "", start, start)
             expand_sources(root)
-            return replaced(root, names, node, "")  # type: ignore[return-value]  # a mapping stays a mapping
+            return replaced(root, canonical(names), node, "")  # type: ignore[return-value]  # a mapping stays a mapping
         except yaml.YAMLError as error:
             self.report(start, text, _words(error))
         except WrongValue as error:
@@ -210,7 +247,7 @@ class _Reader:
                     continue
         elif origin is tuple:
             items = node.value if isinstance(node, yaml.SequenceNode) else None
-            if args[0] is str and node.tag == TAG + "str":
+            if (args[0] is str or get_origin(args[0]) is Literal) and node.tag == TAG + "str":
                 items = [node]
             variadic = args[-1] is Ellipsis
             if items is not None and (variadic or len(items) == len(args)):
@@ -346,6 +383,8 @@ def _describe(hint: Any) -> str:
         return "a mapping of text to text" if args[1] is str else "a mapping"
     if get_origin(hint) is tuple:
         count = "" if args[-1] is Ellipsis else f"{len(args)} "
+        if get_origin(args[0]) is Literal:
+            return f"a list of any of {', '.join(get_args(args[0]))}"
         return f"a list of {count}{ {float: 'numbers', str: 'names'}.get(args[0], 'sources') }"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
     return names.get(hint, "null")

@@ -5,11 +5,30 @@ Plain Python: importing this package must not import MLX, so that configurations
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from mlx_distributed.config.quantities import parse_bytes
+
+LENGTH_MULTIPLE = 8
+"""With `packing` or `micro_batch_tokens` the lengths of micro-batches are multiples of it, so that there are few: MLX
+keeps buffers by their size."""
+
 Format = Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text"]
+AnswerMetric = Literal["exact_match", "bleu", "chrf", "rouge1", "rouge2", "rougeL"]
+AnswerMetricKey = Literal["eval/exact_match", "eval/bleu", "eval/chrf", "eval/rouge1", "eval/rouge2", "eval/rougeL"]
+BleuTokenize = Literal["13a", "intl", "zh", "char", "none"]
+RougeTokenize = Literal["ascii", "unicode"]
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    bits: int | None = None
+    """Of a frozen weight: 2, 3, 4, 6 or 8, as `mlx_lm.convert -q` makes them; null quantises nothing. For adapters, on
+    a model that is not stored quantised."""
+    group_size: int = 64
+    """Weights that share a scale and an offset: 32, 64 or 128."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +40,8 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Let the tokenizer run code that comes with the model."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the frozen weights; null keeps what is stored. Whatever is trained is float32."""
+    """Of the frozen weights with `precision: fp32`; null keeps what is stored. Whatever is trained is float32."""
+    quantize: QuantizeConfig = QuantizeConfig()
     scratch: dict[str, Any] | None = None
     """Architecture of a new model, as in a config.json (`model_type`, `hidden_size`, ..., `vocab_size`); its tokenizer
     is trained from the data. Exactly one of `path` and `scratch` is given."""
@@ -55,7 +75,7 @@ class SourceConfig:
     path: str = ""
     """File (.json, .jsonl, .parquet), folder of such files, or Hugging Face dataset name."""
     format: Format = "auto"
-    """Of the rows; `auto` finds it out from the columns of the whole file."""
+    """Of the rows; `auto` finds it out from the columns of the whole file, or of the first rows of a stream."""
     split: str = "train"
     """Of a Hugging Face dataset."""
     subset: str | None = None
@@ -65,7 +85,8 @@ class SourceConfig:
     roles: dict[str, str] = field(default_factory=dict)
     """Their role name -> ours (system, user, assistant, tool, function_call)."""
     weight: float = 1.0
-    """Passes over this source per epoch: 2 shows each row twice, 0.5 shows half of them, then another half."""
+    """Passes over this source per epoch: 2 shows each row twice, 0.5 shows half of them, then another half. With
+    `streaming`, its rows in proportion to those of the others."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +99,9 @@ class DataConfig:
     """Share of the training rows held out, chosen by seed. Not together with `validation`."""
     max_seq_length: int = 2048
     """In tokens, prompt and answer together."""
+    packing: bool = False
+    """Lay the rows of a micro-batch one after the other in place of side by side, so that nothing is padded. What is
+    trained stays the same: a row sees itself alone, at its own positions."""
     overlong: Literal["drop", "truncate", "error"] = "drop"
     """What becomes of longer rows: left out and counted, cut at the end and counted, or the run refused."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
@@ -92,6 +116,15 @@ class DataConfig:
     """Join neighbouring turns of one role with a blank line; false refuses such rows."""
     max_invalid_fraction: float = 0.1
     """The run is refused when a larger share of the rows is invalid."""
+    streaming: bool = False
+    """Read and tokenise training rows ahead of the steps that need them, for data larger than memory: .jsonl and
+    .parquet files, folders of these and Hugging Face datasets. Needs `train.max_steps`; a source that ends begins
+    again."""
+    shuffle_buffer: int = 10_000
+    """With `streaming`, so many rows that follow each other are shuffled. Sources are mixed by their `weight`."""
+    cache_dir: Path | None = None
+    """With `streaming`, the folder of tokenised rows, which runs on the same data can share; null takes `cache` in
+    `output_dir`."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +133,9 @@ class TrainConfig:
     """Sequences per optimizer step over all workers. Pins the run, whatever the number of workers."""
     micro_batch_size: int = 4
     """Sequences that a device holds at a time; must divide `global_batch_size`."""
+    micro_batch_tokens: int | None = None
+    """In place of `micro_batch_size`: tokens that a device holds at a time, padding too; at least
+    `data.max_seq_length`. A step then has as many micro-batches as its rows need."""
     epochs: float = 1.0
     """Passes over the data."""
     max_steps: int | None = None
@@ -110,10 +146,21 @@ class TrainConfig:
     """What MLX computes on; auto takes its default. The same bits run after run are promised on the CPU."""
     gradient_checkpointing: bool = False
     """Keep a layer's input only and compute the layer again in the backward pass."""
+    memory_budget: str | None = None
+    """Of each worker, such as `12GB`, for all that MLX holds. A run that would take more is refused before it starts,
+    and in elastic training a worker that is killed is started again with half of what it computes at a time."""
+    neftune_noise_alpha: float | None = None
+    """Noise on the embeddings in training, uniform within alpha / sqrt(tokens in a row x width), which makes answers of
+    chat models better; 5 to 15 are usual. null adds none."""
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """`memory_budget` in bytes."""
+        return None if self.memory_budget is None else parse_bytes(self.memory_budget)
 
     @property
     def num_microbatches(self) -> int:
-        """Micro-batches per optimizer step over all workers."""
+        """Micro-batches per optimizer step over all workers; not with `micro_batch_tokens`."""
         return self.global_batch_size // self.micro_batch_size
 
 
@@ -165,13 +212,17 @@ class DilocoConfig:
 @dataclass(frozen=True)
 class PipelineConfig:
     num_stages: int = 1
-    """Workers that one copy of the model is spread over, each with some of its layers. `parallel.nproc` is a multiple
-    of it: so many copies train side by side. 1 leaves the model in one piece."""
+    """Workers that one copy of the model is spread over, each with some of its layers. The number of workers is a
+    multiple of it: so many copies train side by side. 1 leaves the model in one piece."""
     split: Literal["auto"] | tuple[int, ...] = "auto"
-    """Layers of each stage, as in [12, 20]; `auto` makes the stages alike in work."""
-    schedule: Literal["1f1b", "gpipe", "interleaved", "zb-h1"] = "1f1b"
+    """Layers of each stage, as in [12, 20]; `auto` makes the stages alike in time, by the speeds of the workers, as far
+    as their memory allows."""
+    speeds: Literal["auto"] | tuple[float, ...] = "auto"
+    """Of the workers, in any unit, one each in rank order; `auto` measures them where they are on several machines, and
+    takes them for alike on one."""
+    schedule: Literal["1f1b", "gpipe", "interleaved", "zb-h1", "auto"] = "1f1b"
     """When a worker computes what; the result is the same. `interleaved` gives every worker `chunks` stages, `zb-h1`
-    computes the gradients of weights when nobody waits."""
+    computes the gradients of weights when nobody waits, `auto` simulates each of them and takes the fastest."""
     chunks: int = 1
     """Stages of each worker, for `interleaved`."""
     in_flight: Literal["auto"] | int = "auto"
@@ -181,14 +232,21 @@ class PipelineConfig:
     activations: Literal["recompute", "keep"] = "recompute"
     """What is held of a micro-batch until its backward pass: its input alone, or all that was computed, which is faster
     by a third and takes that memory for every micro-batch under way."""
-    wire_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of activations and their gradients between workers; `bf16` sends half the bytes of a float32 model."""
+    wire_dtype: Literal["fp32", "bf16", "int8"] = "fp32"
+    """Of activations and their gradients between workers in training; `fp32` sends them as they are. Of a float32 model
+    `bf16` sends half the bytes, and `int8` a quarter, with a scale for every 256 values."""
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
     nproc: int = 1
     """Workers to start on this machine (`--nproc`)."""
+    num_workers: int | None = None
+    """Workers on all machines, where some are on others: those join with the string that this one prints, and nobody
+    can come or go later. null: all are on this one."""
+    listen: str | None = None
+    """With `num_workers`, the address of this machine as the others reach it, host:port, such as `192.168.1.20:4000`;
+    port 0 takes a free one. Everything between machines is encrypted."""
     backend: Literal["grpc", "native"] = "grpc"
     """`native` is the group of `mx.distributed`, for a run started by `mlx.launch`; it sums in an order of its own."""
     share: Literal["even", "speed"] | tuple[float, ...] = "even"
@@ -198,9 +256,9 @@ class ParallelConfig:
     """How gradients travel. With `fp32` the sum is exact and the same bits on any number of workers; the others send a
     half to an eighth of the bytes, and what rounding leaves out is sent with the next step."""
     bandwidth: Literal["auto", "even"] | tuple[float, ...] = "auto"
-    """Of the workers' links: who has a slow one sums less for the others. `auto` measures them where the workers of an
-    elastic run are on several machines, and takes them for alike on one; or give them in any unit, one per worker. Does
-    not change the result in `fp32`."""
+    """Of the workers' links: who has a slow one sums less for the others. `auto` measures them where the workers are on
+    several machines, and takes them for alike on one; or give them in any unit, one per worker. Does not change the
+    result in `fp32`."""
     sync: Literal["step", "delayed", "diloco"] = "step"
     """When workers agree. `step`: in every step, on the same bits as one worker. `delayed`: gradients travel while the
     next step is computed, and are one update old when they are applied. `diloco`: workers train by themselves and
@@ -213,7 +271,13 @@ class ParallelConfig:
     timeout_s: float = 300.0
     """A worker that another one waits for and that sends nothing for so long is given up."""
     port: int = 0
-    """Worker r listens on port + r of the loopback interface; 0 takes free ports."""
+    """Worker r of a machine listens on port + r, on the loopback interface or, with `num_workers`, on that of `listen`;
+    0 takes free ports. The groups of a pipeline take free ones besides."""
+
+    @property
+    def size(self) -> int:
+        """Workers of the run, on all machines."""
+        return self.num_workers or self.nproc
 
 
 @dataclass(frozen=True)
@@ -241,11 +305,24 @@ class EvalConfig:
     max_examples: int | None = None
     """The first so many rows are used for generation; null takes all. The loss is over the full validation set."""
     generate: bool = False
-    """Generate greedily for validation prompts and report exact match, at the start (`at_start`) and at the end."""
+    """With each evaluation, also generate greedily for validation prompts and compare with the data (`metrics`)."""
+    metrics: tuple[AnswerMetric, ...] = ("exact_match",)
+    """How generated answers are compared. BLEU and chrF are those of sacrebleu, ROUGE the F1 of rouge-score without
+    stemming. Loss and perplexity are always measured."""
+    bleu_tokenize: BleuTokenize = "13a"
+    """Words of BLEU as sacrebleu names them; `zh` and `char` for languages without spaces."""
+    rouge_tokenize: RougeTokenize = "ascii"
+    """Words of ROUGE: `ascii` is rouge-score's, which knows a-z and 0-9 alone; `unicode` knows all letters, and takes
+    each character of Chinese and Japanese for a word."""
     max_new_tokens: int = 128
     """At most so many tokens per generated answer."""
     num_samples: int = 3
-    """Generated samples to print."""
+    """Generated samples to print at the end. All are in samples.jsonl."""
+    patience: int | None = None
+    """Stop early when `checkpoint.metric_for_best` has not become better in so many evaluations in a row; null never
+    does."""
+    min_delta: float = 0.0
+    """With `patience`, what counts as better: by more than this."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +332,11 @@ class CheckpointConfig:
     save_total_limit: int | None = 3
     """Newest checkpoints to keep; null keeps all. The best one is kept besides."""
     keep_best: bool = True
-    """Also save and keep the checkpoint with the lowest validation loss."""
+    """Also save and keep the checkpoint that is the best by `metric_for_best`."""
+    metric_for_best: Literal["eval/loss", "eval/perplexity"] | AnswerMetricKey = "eval/loss"
+    """By which evaluations are compared. The lowest loss is the best, or perplexity, and the highest of any other."""
+    final: Literal["last", "best"] = "last"
+    """What `final/` holds: the model after the last step, or that of the best checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -273,13 +354,22 @@ class WandbConfig:
     name: str | None = None
     """Of the run; null lets Weights & Biases make one up."""
     group: str | None = None
-    """Runs of one group are shown together."""
+    """Runs of one group are shown together; null makes one of the run where `system_metrics` needs it."""
+    job_type: str | None = None
+    """Kind of the run within its group, such as `train`."""
+    notes: str | None = None
+    """What the run is for, in words."""
     mode: Literal["online", "offline", "disabled"] = "online"
     """`offline` keeps everything in the output folder for `wandb sync`. WANDB_MODE wins over `online`."""
     tags: tuple[str, ...] = ()
     """Words to find the run by."""
     log_checkpoints: bool = False
     """Upload checkpoints as artifacts, aliases `latest`, `best` and `step-N`."""
+    log_final: bool = False
+    """Upload the finished model as an artifact, aliases `latest`, `final` and `step-N`."""
+    system_metrics: bool = False
+    """Processor, memory, disk and network of every worker, and not of rank 0 alone: each other one has a run of its own
+    in the group for them, with job type `worker`."""
 
 
 @dataclass(frozen=True)
@@ -287,6 +377,11 @@ class Config:
     model: ModelConfig = ModelConfig()
     method: Literal["lora", "dora", "full"] = "lora"
     """What is trained; `full` means everything, embeddings and head too."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What the model computes in. Trained weights, their gradient sums and their moments are float32 in any case. With
+    `bf16` and `fp16` frozen weights are held in 16 bits too, and `fp16` scales the loss: a step whose gradient is too
+    large is left out by all workers, with half the scale from then on. With `fp32` frozen weights are as `model.dtype`
+    says, and layers compute in that type."""
     lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -302,3 +397,10 @@ class Config:
     """Of the order of the rows, new weights and dropout."""
     output_dir: Path = Path("runs/default")
     """Relative to the YAML file, like every path in it."""
+
+    @property
+    def base(self) -> ModelConfig:
+        """`model` with the type that its weights are loaded in: of `precision` where they are frozen."""
+        if self.precision == "fp32" or self.method == "full":
+            return self.model
+        return replace(self.model, dtype="bfloat16" if self.precision == "bf16" else "float16")

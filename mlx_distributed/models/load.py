@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,17 @@ import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from mlx.utils import tree_map_with_path
 
 from mlx_distributed.config.schema import ModelConfig
 from mlx_distributed.errors import ConfigError
-from mlx_distributed.models.upstream import DEFAULT_ALLOW_PATTERNS, TokenizerWrapper, load_folder
+from mlx_distributed.models.precision import cast
+from mlx_distributed.models.quantize import evaluate, quantize
+from mlx_distributed.models.upstream import DEFAULT_ALLOW_PATTERNS, TokenizerWrapper, load_folder, load_tokenizer
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+WEIGHTS = "model*.safetensors"
+_FAILURES = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError)
+"""What mlx-lm and transformers raise at files that they cannot read."""
 
 
 def load(model: ModelConfig, *, lazy: bool = False) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
@@ -32,7 +37,8 @@ def load(model: ModelConfig, *, lazy: bool = False) -> tuple[nn.Module, Tokenize
         lazy: read names and shapes only; weights are read when they are evaluated, as `cut` does for its own.
 
     Raises:
-        ConfigError: no such folder or Hub model, a missing or damaged file, or an architecture unknown to mlx-lm.
+        ConfigError: no such folder or Hub model, a missing or damaged file, an architecture unknown to mlx-lm, or one
+            that cannot be quantised.
     """
     folder = locate(model)
     _check_files(model, folder)
@@ -45,16 +51,42 @@ def load(model: ModelConfig, *, lazy: bool = False) -> tuple[nn.Module, Tokenize
             trust_remote_code=model.trust_remote_code,
         )
         if model.dtype is not None:
-            _cast(loaded, getattr(mx, model.dtype))
+            loaded.update(cast(loaded, loaded.parameters(), getattr(mx, model.dtype)))
+        if model.quantize.bits is not None:
+            config = quantize(loaded, config, model.quantize)
         if not lazy:
+            evaluate(loaded)
             mx.eval(loaded.state)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
-        raise ConfigError(f"model.path={model.path} cannot be loaded by mlx-lm: {_in_short(error)}") from error
+    except _FAILURES as error:
+        raise ConfigError(f"model.path={model.path} cannot be loaded by mlx-lm: {in_short(error)}") from error
+    _check_tokenizer(model, tokenizer)
     return loaded, tokenizer, config
 
 
-def locate(model: ModelConfig, *, local_files_only: bool = False) -> Path:
+def read_tokenizer(model: ModelConfig) -> TokenizerWrapper:
+    """The tokenizer of `load`, without the model: no weights are read, nor downloaded.
+
+    Raises:
+        ConfigError: no such folder or Hub model, or no tokenizer that transformers can load.
+    """
+    folder = locate(model, patterns=[pattern for pattern in DEFAULT_ALLOW_PATTERNS if pattern != WEIGHTS])
+    try:
+        tokenizer = load_tokenizer(folder, {"trust_remote_code": model.trust_remote_code})
+    except _FAILURES as error:
+        raise ConfigError(f"model.path={model.path} has no tokenizer that can be loaded: {in_short(error)}") from error
+    _check_tokenizer(model, tokenizer)
+    return tokenizer
+
+
+def locate(
+    model: ModelConfig, *, local_files_only: bool = False, patterns: Sequence[str] = DEFAULT_ALLOW_PATTERNS
+) -> Path:
     """The folder with the files of the model: `model.path` itself, or the snapshot of that Hub model (downloaded).
+
+    Args:
+        model: what to find.
+        local_files_only: ask nothing of the network.
+        patterns: names of the files that are needed.
 
     Raises:
         ConfigError: there is neither such a folder nor such a Hub model, or the Hub cannot be reached.
@@ -74,13 +106,13 @@ def locate(model: ModelConfig, *, local_files_only: bool = False) -> Path:
         snapshot = snapshot_download(
             model.path,
             revision=model.revision,
-            allow_patterns=DEFAULT_ALLOW_PATTERNS,
+            allow_patterns=list(patterns),
             local_files_only=local_files_only,
         )
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise ConfigError(
             f"model.path={model.path} is no local folder, and as a Hugging Face name it cannot be had; check the name, "
-            f"model.revision and the network, or download the model once and give its folder ({_in_short(error)})"
+            f"model.revision and the network, or download the model once and give its folder ({in_short(error)})"
         ) from error
     return Path(snapshot)
 
@@ -92,7 +124,7 @@ def _check_files(model: ModelConfig, folder: Path) -> None:
         raise ConfigError(f"model.path={model.path} holds an adapter; give the model that it was trained on")
     if not config_file.exists():
         raise ConfigError(f"model.path={model.path} has no config.json, so it is not a model folder")
-    if not any(folder.glob("model*.safetensors")):
+    if not any(folder.glob(WEIGHTS)):
         raise ConfigError(
             f"model.path={model.path} has no weights: mlx-lm reads files named model*.safetensors; "
             "convert other formats with `mlx_lm.convert`"
@@ -105,16 +137,15 @@ def _check_files(model: ModelConfig, folder: Path) -> None:
         raise ConfigError(f"{config_file} does not say `model_type`, which names the architecture, such as qwen3")
 
 
-def _in_short(error: Exception) -> str:
+def _check_tokenizer(model: ModelConfig, tokenizer: TokenizerWrapper) -> None:
+    """Where the files of a tokenizer are missing, transformers (5.23) makes one of some classes that reads nothing."""
+    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
+        raise ConfigError(
+            f"model.path={model.path} has no tokenizer: without a tokenizer.json (or tokenizer.model) no text can be "
+            "read; copy it from the model that this one was made of"
+        )
+
+
+def in_short(error: Exception) -> str:
     """One paragraph of what can be a list of all weights."""
     return textwrap.shorten(str(error), 400, placeholder=" ...") or type(error).__name__
-
-
-def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Cast as `mlx_lm.convert` does: floating arrays only, and not those that the architecture wants left alone."""
-    castable = getattr(model, "cast_predicate", lambda name: True)
-
-    def cast(name: str, array: mx.array) -> mx.array:
-        return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) and castable(name) else array
-
-    model.update(tree_map_with_path(cast, model.parameters()))

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlx_distributed.config.schema import LoraConfig, ModelConfig
 from mlx_distributed.errors import CheckpointError
 from mlx_distributed.models.load import locate
 from mlx_distributed.models.prepare import Method, layers, num_lora_layers, trainable
-from mlx_distributed.models.upstream import TokenizerWrapper, save_config, save_model
+from mlx_distributed.models.tensor_file import Arriving, write_tensors
+from mlx_distributed.models.upstream import TokenizerWrapper, get_total_parameters, make_shards, save_config
 
 
 def save_final(
@@ -28,6 +32,7 @@ def save_final(
     source: ModelConfig,
     method: Method,
     lora: LoraConfig,
+    trained: Iterable[mx.array] | None = None,
 ) -> None:
     """Replace `folder` by the finished model.
 
@@ -37,21 +42,33 @@ def save_final(
     Args:
         config: architecture, as `load` or `build_scratch` gave it.
         source: where the model came from.
+        trained: what is trained, in the order of the names, one at a time; `model` need not be evaluated then, and has
+            the rest, names, shapes and dtypes. None: as `model` has it.
 
     Raises:
         CheckpointError: the files cannot be written, for example because the disk is full; the old `folder` is kept.
     """
-    with _written_aside(folder) as aside:
+    own = trainable(model)
+    given = iter(own.values() if trained is None else trained)
+    with written_aside(folder, "resume the run") as aside:
         if method == "full":
-            _write_model(aside, model, tokenizer, config, source)
+            whole = dict(sorted(dict(tree_flatten(model.parameters())).items()))
+            arrays = (next(given) if name in own else array for name, array in whole.items())
+            write_model(aside, model, Arriving(whole, arrays), tokenizer, config, source)
         else:
-            _write_adapter(aside, model, source, method, lora)
+            write_adapter(aside, Arriving(own, given), describe_adapter(model, source, method, lora))
 
 
-def _write_model(
-    folder: Path, model: nn.Module, tokenizer: TokenizerWrapper, config: Mapping[str, Any], source: ModelConfig
+def write_model(
+    folder: Path,
+    model: nn.Module,
+    weights: Arriving,
+    tokenizer: TokenizerWrapper,
+    config: Mapping[str, Any],
+    source: ModelConfig,
 ) -> None:
-    save_model(folder, model)
+    """Fill an empty folder with what `mlx_lm.load` needs; see `save_final`. Of `model` only shapes are looked at."""
+    _write_weights(folder, weights, get_total_parameters(model))
     save_config(dict(config), folder / "config.json")
     tokenizer.save_pretrained(folder)
     if source.path is not None:  # generation settings, and the code of a model that brings its own
@@ -60,11 +77,28 @@ def _write_model(
             shutil.copy(file, folder)
 
 
-def _write_adapter(folder: Path, model: nn.Module, source: ModelConfig, method: Method, lora: LoraConfig) -> None:
+def _write_weights(folder: Path, weights: Arriving, num_parameters: int) -> None:
+    """The files that mlx-lm makes of weights, with their index."""
+    arrays, shards = iter(weights.arrays), make_shards(dict(weights.like))
+    file_of: dict[str, str] = {}
+    for number, like in enumerate(shards, 1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        with (folder / name).open("wb") as file:
+            write_tensors(file, Arriving(like, islice(arrays, len(like))))
+        file_of |= dict.fromkeys(like, name)
+    total_size = sum(array.nbytes for array in weights.like.values())
+    metadata = {"total_size": total_size, "total_parameters": num_parameters}
+    text = json.dumps({"metadata": metadata, "weight_map": file_of}, indent=4)
+    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def describe_adapter(model: nn.Module, source: ModelConfig, method: Method, lora: LoraConfig) -> dict[str, Any]:
+    """The adapter_config.json of a model that `prepare` has given adapters."""
     assert source.path is not None, "an adapter needs a stored model below it"
     keys = {name for block in layers(model) for name, module in block.named_modules() if "lora_a" in module}
     base = Path(source.path).expanduser()
-    adapter_config = {
+    quantized = {} if source.quantize.bits is None else {"trained_on": {"quantization": asdict(source.quantize)}}
+    return quantized | {
         "model": str(base.resolve()) if base.exists() else source.path,
         "revision": source.revision,
         "fine_tune_type": method,
@@ -76,14 +110,27 @@ def _write_adapter(folder: Path, model: nn.Module, source: ModelConfig, method: 
             "keys": sorted(keys),
         },
     }
-    text = json.dumps(adapter_config, indent=4) + "\n"
+
+
+def write_adapter(folder: Path, adapters: Arriving, description: Mapping[str, Any]) -> None:
+    """Fill an empty folder with what `mlx_lm.load` needs beside the model that was adapted."""
+    text = json.dumps(description, indent=4) + "\n"
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
-    mx.save_safetensors(str(folder / "adapters.safetensors"), trainable(model), metadata={"format": "mlx"})
+    with (folder / "adapters.safetensors").open("wb") as file:
+        write_tensors(file, adapters)
 
 
 @contextmanager
-def _written_aside(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder` that takes its place at the end."""
+def written_aside(folder: Path, then: str) -> Iterator[Path]:
+    """An empty folder beside `folder` that takes its place at the end.
+
+    Args:
+        folder: that is replaced, if it is there.
+        then: what a person does once there is room for it.
+
+    Raises:
+        CheckpointError: it cannot be written; the old `folder` is kept.
+    """
     aside, replaced = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "replaced"))
     try:
         shutil.rmtree(aside, ignore_errors=True)
@@ -94,8 +141,9 @@ def _written_aside(folder: Path) -> Iterator[Path]:
             folder.rename(replaced)
         aside.rename(folder)
     except (OSError, RuntimeError) as error:  # MLX raises RuntimeError where Python would raise OSError
-        shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(
-            f"{folder} could not be written ({error}); free some space or check the rights, then resume the run"
+            f"{folder} could not be written ({error}); free some space or check the rights, then {then}"
         ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)

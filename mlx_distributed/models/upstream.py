@@ -53,11 +53,20 @@ def _looking_once(lru_cache: Any) -> Any:
 
 with _without_side_effects():
     import mlx_lm.models
+    from mlx_lm.gguf import permute_weights, prepare_metadata, translate_weight_names
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
     from mlx_lm.tokenizer_utils import TokenizerWrapper
     from mlx_lm.tokenizer_utils import load as load_tokenizer
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, MODEL_REMAPPING, save_config, save_model
+    from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
+    from mlx_lm.utils import (
+        DEFAULT_ALLOW_PATTERNS,
+        MODEL_REMAPPING,
+        dequantize_model,
+        get_total_parameters,
+        load_config,
+        make_shards,
+        save_config,
+    )
     from mlx_lm.utils import load as load_folder
 
 ARCHITECTURES_FOLDER: str = next(iter(mlx_lm.models.__path__))
@@ -70,9 +79,16 @@ __all__ = [
     "QuantizedSwitchLinear",
     "SwitchLinear",
     "TokenizerWrapper",
+    "dequantize_model",
+    "get_total_parameters",
     "linear_to_lora_layers",
+    "load_adapters",
+    "load_config",
     "load_folder",
     "load_tokenizer",
+    "make_shards",
+    "permute_weights",
+    "prepare_metadata",
     "save_config",
-    "save_model",
+    "translate_weight_names",
 ]

@@ -15,3 +15,5 @@ class Mesh:
     """Data-parallel axis: every rank holds the same part of the state and computes some of the micro-batches."""
     pp: Communicator = field(default_factory=LocalComm)
     """Pipeline-parallel axis: every rank holds other layers, and all compute the same micro-batches."""
+    machines: tuple[str, ...] = ()
+    """By rank, the machine that it is on, in words; empty where all are on one."""

@@ -18,6 +18,7 @@ from mlx_distributed.comm.buckets import Arrays, BucketLayout
 from mlx_distributed.comm.compress import Feedback
 from mlx_distributed.comm.endpoint import Endpoint
 from mlx_distributed.comm.grpc_comm import GrpcComm
+from mlx_distributed.data.batch import Batch
 from mlx_distributed.elastic.loop import run_elastic
 from mlx_distributed.elastic.membership import Membership
 from mlx_distributed.elastic.protocol import START, EpochId, Facts, Fetch, Outcome, WorkerId
@@ -265,9 +266,9 @@ class _Phases(Phases):
     worker: Worker
 
     def gradients(
-        self, state: TrainState, tokens: mx.array, loss_mask: mx.array, step: int, index: int
+        self, state: TrainState, batch: Batch, step: int, index: int, part: int = 0
     ) -> tuple[mx.array, Arrays]:
-        loss, gradients = super().gradients(state, tokens, loss_mask, step, index)
+        loss, gradients = super().gradients(state, batch, step, index, part)
         if self.worker.poisoned:
             self.worker.poisoned = False
             loss = loss * float("nan")

@@ -7,10 +7,10 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, TextIO, cast
+from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,13 +58,11 @@ class ConsoleTracker:
                 self._line(step, "  ".join([*_formatted(metrics, _LINE_FIELDS), eta]))
             else:
                 self._bar.show(step, "  ".join([*_formatted(metrics, _BAR_FIELDS), eta]))
-        evaluation = [
-            f"{name.removeprefix(_EVAL_PREFIX).replace('_', ' ')} {value:.4g}"
-            for name, value in metrics.items()
-            if name.startswith(_EVAL_PREFIX)
-        ]
-        if evaluation:
+        if evaluation := list(_evaluation(metrics)):
             self._line(step, "eval " + "  ".join(evaluation))
+
+    def samples(self, records: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Not shown: some are printed when the run is over."""
 
     def message(self, text: str) -> None:
         """May be called from any thread."""
@@ -73,8 +71,14 @@ class ConsoleTracker:
     def rewind(self, step: int) -> None:
         """What was said stays, and is said twice then."""
 
+    def inputs(self, data: Mapping[str, Any]) -> None:
+        """Not shown: messages say it."""
+
     def checkpoint(self, folder: Path, step: int, aliases: Sequence[str]) -> None:
         self._line(step, f"saved {folder} ({', '.join(aliases)})")
+
+    def final(self, folder: Path, step: int, metrics: Mapping[str, float]) -> None:
+        """Not shown: messages say it."""
 
     def finish(self, exit_status: int) -> None:
         if self._bar is not None:
@@ -139,6 +143,15 @@ class _LossyStream:
 
 def _formatted(metrics: Mapping[str, float], formats: Mapping[str, str]) -> list[str]:
     return [text.format(metrics[name]) for name, text in formats.items() if name in metrics]
+
+
+def _evaluation(metrics: Mapping[str, float]) -> Iterator[str]:
+    """As in `bleu 41.2 [38.7, 43.9]`, with the interval where there is one."""
+    for name, value in metrics.items():
+        if name.startswith(_EVAL_PREFIX) and not name.endswith(("_low", "_high")):
+            low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+            interval = "" if low is None or high is None else f" [{low:.4g}, {high:.4g}]"
+            yield f"{name.removeprefix(_EVAL_PREFIX).replace('_', ' ')} {value:.4g}{interval}"
 
 
 def _eta(marks: Sequence[tuple[int, float]], total_steps: int) -> str:

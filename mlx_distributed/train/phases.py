@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -24,11 +26,14 @@ from mlx_distributed.comm.buckets import (
 )
 from mlx_distributed.comm.tree_sum import Node, TreeSum
 from mlx_distributed.config import Config
-from mlx_distributed.data.plan import Plan
-from mlx_distributed.data.tokenize import Row, collate
+from mlx_distributed.data.batch import Batch, make_batch
+from mlx_distributed.data.stream import AnyPlan, AnyRows
+from mlx_distributed.models.packed import packed
 from mlx_distributed.parallel.data import rank_weights, share
 from mlx_distributed.train import sharded
+from mlx_distributed.train.halving import Halving, is_out_of_memory
 from mlx_distributed.train.loss import block_sums, global_norm, summed_loss
+from mlx_distributed.train.loss_scale import unscaled
 from mlx_distributed.train.schedule import learning_rate
 from mlx_distributed.train.setup import gradient_layout, make_optimizer
 from mlx_distributed.train.state import TrainState
@@ -109,25 +114,51 @@ class Phases:
     """
 
     def __init__(
-        self, config: Config, plan: Plan, rows: Sequence[Row], stop_requested: Callable[[], bool] = lambda: False
+        self,
+        config: Config,
+        plan: AnyPlan,
+        rows: AnyRows,
+        stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config, self.plan, self.rows, self.stop_requested = config, plan, rows, stop_requested
         self.optimizer = make_optimizer(config)
+        self.halving = Halving()
         self._gradient_layout: tuple[BucketLayout, ...] | None = None
+        self._data_s = 0.0
 
     @cached_property
     def alone(self) -> Phases:
         """For updates that a rank makes by itself: steps in a group of one, which takes all micro-batches."""
         config = replace(self.config, parallel=replace(self.config.parallel, share="even"))
-        return Phases(config, self.plan, self.rows)
+        alone = Phases(config, self.plan, self.rows)
+        alone.halving = self.halving
+        return alone
 
     def work(self, step: int) -> Work:
         """All that is computed in a step."""
-        return Work(step, self.plan.microbatches(step))
+        with self._waiting():
+            return Work(step, self.plan.microbatches(step))
 
-    def batch(self, work: Work, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and loss mask [B, L] of a micro-batch of `work`."""
-        return collate([self.rows[row] for row in work.microbatches[number]])
+    def batch(self, work: Work, number: int) -> Batch:
+        """A micro-batch of `work`."""
+        return self._batch(work.microbatches[number])
+
+    def _batch(self, rows: tuple[int, ...]) -> Batch:
+        with self._waiting():
+            return make_batch([self.rows[row] for row in rows], self.config)
+
+    def take_data_s(self) -> float:
+        """How long this rank has waited for data since it was last asked."""
+        waited_s, self._data_s = self._data_s, 0.0
+        return waited_s + (self.alone.take_data_s() if "alone" in vars(self) else 0.0)
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        begun_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self._data_s += time.monotonic() - begun_s
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, from 0."""
@@ -169,6 +200,9 @@ class Phases:
         The last micro-batch is evaluated bucket by bucket, from the last layer to the first, so that a bucket is on its
         way while the layers below it are still being computed.
 
+        Where memory runs out, all that this rank holds of the step is let go of and computed anew, in smaller parts;
+        what was yielded stays, as it is of the same sums.
+
         Args:
             state: that gradients are of.
             work: of the step.
@@ -179,49 +213,101 @@ class Phases:
 
         Yields:
             By bucket, those of the tally last: all partial sums that this rank holds then.
+
+        Raises:
+            TrainingError: memory does not do for a single row.
         """
+        held = [leaf for node in sums.nodes for leaf in range(*node)]
+        left = list(sums.trees)
+        while True:
+            try:
+                self._add(state, work, sums, left, leaves, check)
+                nodes = tuple(left[-1].parts) if left else ()
+                yield from self._evaluated(left, keep)
+                break
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error)
+            for tree in left:
+                tree.parts.clear()
+            leaves, held = [*held, *leaves], []
+            self.halving.run_out(work.step, reason)
+        yield from self._told(sums, nodes)
+
+    def _add(
+        self,
+        state: TrainState,
+        work: Work,
+        sums: Sums,
+        trees: Sequence[TreeSum[Bucket]],
+        leaves: Sequence[int],
+        check: Callable[[], None],
+    ) -> None:
+        """Compute micro-batches and add them to the last ones of the trees; the last micro-batch is not evaluated."""
+        layout = sums.layout[len(sums.layout) - len(trees) :]
         for i in leaves:
-            tokens, loss_mask = self.batch(work, i)
-            sums.tally.num_tokens[i] = loss_mask[:, 1:].sum()
-            index = work.first + i
-            loss, gradients = self.gradients(state, mx.array(tokens), mx.array(loss_mask), work.step, index)
+            loss, gradients, sums.tally.num_tokens[i] = self._whole(state, work, i)
             last = i == leaves[-1]
-            for tree, bucket in zip(sums.trees, to_buckets(sums.layout, gradients), strict=True):
+            for tree, bucket in zip(trees, to_buckets(layout, gradients), strict=True):
                 tree.put((i, i + 1), bucket)
             del gradients, bucket
-            mx.eval(loss, [] if last else [tree.parts for tree in sums.trees])
+            mx.eval(loss, [] if last else [tree.parts for tree in trees])
             sums.tally.losses[i] = loss.item()
             check()
-        yield from self._held(sums, sums.nodes, keep)
+
+    def _whole(self, state: TrainState, work: Work, number: int) -> tuple[mx.array, Arrays, int]:
+        """Summed loss, its gradient and the label tokens of a micro-batch, computed in as many parts as memory demands;
+        the last of them is not evaluated."""
+        first, *others = self.halving.parts(work.microbatches[number], self._batch)
+        loss, gradients = self.gradients(state, first, work.step, work.first + number)
+        for part, batch in enumerate(others, 1):
+            mx.eval(loss, gradients)
+            more, further = self.gradients(state, batch, work.step, work.first + number, part)
+            loss, gradients = loss + more, {name: gradients[name] + further.pop(name) for name in gradients}
+        return loss, gradients, sum(batch.num_labels for batch in (first, *others))
 
     def _held(self, sums: Sums, nodes: Sequence[Node], keep: bool) -> Iterator[Parts]:
-        for tree in sums.trees:
-            mx.eval(list(tree.parts.values()))
+        yield from self._evaluated(list(sums.trees), keep)
+        yield from self._told(sums, nodes)
+
+    def _evaluated(self, trees: list[TreeSum[Bucket]], keep: bool) -> Iterator[Parts]:
+        """What is held of the gradients, tree by tree; each leaves the list."""
+        while trees:
+            mx.eval(list(trees[0].parts.values()))
+            tree = trees.pop(0)
             yield dict(tree.parts)
             if not keep:
                 tree.parts.clear()
+
+    def _told(self, sums: Sums, nodes: Sequence[Node]) -> Iterator[Parts]:
         parts = {node: to_buckets(sums.tally_layout, sums.tally.part(node)) for node in nodes}
         for index in range(len(sums.tally_layout)):
             yield {node: buckets[index] for node, buckets in parts.items()}
 
     def gradients(
-        self, state: TrainState, tokens: mx.array, loss_mask: mx.array, step: int, index: int
+        self, state: TrainState, batch: Batch, step: int, index: int, part: int = 0
     ) -> tuple[mx.array, Arrays]:
-        """Summed loss and its gradient for one micro-batch, not yet evaluated."""
-        mx.random.seed(self.dropout_seed(step, index))
-        parameters = state.model.trainable_parameters()
+        """Summed loss and its gradient for one micro-batch, or a part of it; not yet evaluated."""
+        mx.random.seed(self.dropout_seed(step, index, part))
+        parameters, scale = state.model.trainable_parameters(), state.scale
 
-        def loss_of(values: dict, tokens: mx.array, loss_mask: mx.array) -> mx.array:
+        def loss_of(values: dict, tokens: mx.array, loss_mask: mx.array) -> tuple[mx.array, mx.array]:
             state.model.update(values)
-            return summed_loss(state.model, tokens, loss_mask)
+            loss = summed_loss(state.model, tokens, loss_mask)
+            return loss * scale, loss
 
-        loss, gradients = mx.value_and_grad(loss_of)(parameters, tokens, loss_mask)
-        state.model.update(parameters)  # The transformation has left its tracers in the module.
-        return loss, dict(tree_flatten(gradients))
+        try:
+            with packed(state.model, batch.groups):
+                arrays = mx.array(batch.tokens), mx.array(batch.loss_mask)
+                (_, loss), gradients = mx.value_and_grad(loss_of)(parameters, *arrays)
+        finally:
+            state.model.update(parameters)  # The transformation has left its tracers in the module.
+        return loss, unscaled(dict(tree_flatten(gradients)), scale)
 
-    def dropout_seed(self, step: int, index: int) -> int:
-        """Of a micro-batch, whoever computes it, and whatever came before."""
-        key = hashlib.sha256(f"{self.config.seed}/{step}/{index}".encode()).digest()
+    def dropout_seed(self, step: int, index: int, part: int = 0) -> int:
+        """Of a micro-batch, whoever computes it, and whatever came before; or of a part of it."""
+        key = hashlib.sha256(f"{self.config.seed}/{step}/{index}{f'/{part}' if part else ''}".encode()).digest()
         return int.from_bytes(key[:8], "little")
 
     def reduce(self, state: TrainState, work: Work, parts: Iterator[Parts], comm: Communicator) -> Reduced:
@@ -255,7 +341,7 @@ class Phases:
         parameters before anything changes: a step that fails leaves the old state whole. Raises CommError."""
         rate, num_tokens = self.rate(step), reduced.tally.total_tokens
         if reduced.skipped:
-            state.skip()
+            state.skip(overflow=reduced.tally.first_not_finite() is None)
         elif state.shard is None:
             state.commit(self.optimizer, reduced.gradients, reduced.scale, rate, num_tokens)
         else:

@@ -12,8 +12,9 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -24,9 +25,12 @@ from mlx_distributed.comm.base import Communicator
 from mlx_distributed.comm.buckets import Arrays
 from mlx_distributed.errors import CommError
 from mlx_distributed.models import trainable
+from mlx_distributed.models.packed import packed
 from mlx_distributed.models.stages import Stage
 from mlx_distributed.parallel.schedule import Action, Kind, Schedule
 from mlx_distributed.train.loss import summed_loss
+from mlx_distributed.train.loss_scale import unscaled
+from mlx_distributed.train.rounding import on_wire, restored, rounded
 from mlx_distributed.train.tally import Tally
 
 _COMPUTED: dict[Kind, Kind] = {"RECV_F": "F", "SEND_F": "F", "RECV_B": "B", "SEND_B": "B"}
@@ -44,6 +48,10 @@ class Microbatch(NamedTuple):
     """bool [B, L + 1]."""
     seed: int
     """Of dropout."""
+    groups: tuple[tuple[int, ...], ...] | None = None
+    """Of packed rows, see `data.batch.Batch`."""
+    scale: float = 1.0
+    """What the loss is multiplied by before it is differentiated."""
 
 
 class Done(NamedTuple):
@@ -53,7 +61,7 @@ class Done(NamedTuple):
     loss: float | None
     """Summed over its label tokens; in the last stage alone."""
     gradients: Arrays
-    """Of what is trained in the stage, evaluated."""
+    """Of what is trained in the stage; evaluated, but for those that a worker computes last."""
 
 
 class Between(NamedTuple):
@@ -92,7 +100,7 @@ class Pipeline:
         comm: of the workers of the pipeline, in the order of their stages.
         keep: hold what a forward pass has computed until the backward pass, which takes memory for every micro-batch in
             flight; else hold its input alone and compute anew.
-        wire_dtype: of what travels between workers; None sends it as it is.
+        wire_dtype: of what travels between workers in a step, see `train.rounding`; None sends it as it is.
     """
 
     def __init__(
@@ -121,7 +129,8 @@ class Pipeline:
         given: dict[Action, mx.array] = {}  # To an F its hidden state, to a B its cotangent.
         made: dict[Action, mx.array] = {}  # By an F or a B, for another worker.
         held: dict[tuple[int, int], _Held] = {}
-        for action in schedule.actions[self.comm.rank]:
+        actions = schedule.actions[self.comm.rank]
+        for action in actions:
             self.comm.check(what)
             kind, stage, index = action
             batch = microbatches[index]
@@ -133,19 +142,20 @@ class Pipeline:
                     given[computed] = self._receive(computed, batch, schedule, what)
                 continue
             result = None
-            if kind == "F":
-                held[stage, index] = _Held(given.pop(action, None))
-                result = self._forward(stage, held[stage, index], batch)
-            elif kind == "B":
-                cotangent = given.pop(action, None)
-                result = self._backward(stage, held[stage, index], batch, cotangent, schedule.split_backward)
+            with packed(self.stages[stage], batch.groups):
+                if kind == "F":
+                    held[stage, index] = _Held(given.pop(action, None))
+                    result = self._forward(stage, held[stage, index], batch)
+                elif kind == "B":
+                    cotangent = given.pop(action, None)
+                    result = self._backward(stage, held[stage, index], batch, cotangent, schedule.split_backward)
             if result is not None and (target := schedule.target(action)) is not None:
                 if schedule.worker_of(target.stage) == self.comm.rank:
                     given[target] = result
                 else:
                     made[action] = result
             if kind == schedule.kinds[-1]:
-                yield self._done(stage, index, held.pop((stage, index)))
+                yield self._done(stage, index, held.pop((stage, index)), last=action is actions[-1])
 
     def tell(self, tally: Tally, what: str) -> None:
         """Let all workers have the losses that the last one knows, and hear of a stop that any of them wants."""
@@ -162,19 +172,35 @@ class Pipeline:
         """Forward passes alone: the summed loss of each micro-batch on the worker of the last stage, 0 elsewhere.
         Raises CommError."""
         for batch in microbatches:
-            loss = 0.0
-            hidden: mx.array | None = None
-            for stage in self.stages:
-                self.comm.check(what)
-                if stage and self.comm.size > 1:
-                    hidden = self._expect(Action("F", stage, 0), self.comm.rank - 1, batch, what)
-                hidden = self._result(stage, hidden, batch)
-                mx.eval(hidden)
-                if stage == self._last:
-                    loss = float(np.asarray(hidden))
-                elif self.comm.size > 1:
-                    self._post(Action("F", stage, 0), hidden, self.comm.rank + 1, what)
-            yield loss
+            loss = self.through(partial(self._result, batch=batch), _shape(batch), what)
+            yield 0.0 if loss is None else float(np.asarray(loss))
+
+    def through(
+        self, apply: Callable[[int, mx.array | None], mx.array], shape: tuple[int, int], what: str
+    ) -> mx.array | None:
+        """One pass through all stages, with hidden states as they are on the wire.
+
+        Args:
+            apply: number of a stage and the hidden state that goes into it, None for the first -> what comes out.
+            shape: B, L.
+            what: is passed on, in words.
+
+        Returns:
+            What comes out of the last stage, not evaluated; None on the workers that do not hold it.
+
+        Raises:
+            CommError: as of `run`.
+        """
+        result: mx.array | None = None
+        for stage in self.stages:
+            self.comm.check(what)
+            action = Action("F", stage, 0)
+            if stage and self.comm.size > 1:
+                result = self._expect(action, self.comm.rank - 1, (*shape, self._inputs[stage].width), None, what)
+            result = apply(stage, result)
+            if stage < self._last and self.comm.size > 1:
+                self._post(action, result, self.comm.rank + 1, what)
+        return result if self._last in self.stages else None
 
     @property
     def _last(self) -> int:
@@ -204,16 +230,15 @@ class Pipeline:
             memoryview(held.graph.cotangent).cast("B")[:] = memoryview(_bytes(cotangent))  # type: ignore[arg-type]
         held.incoming = None
         of_input = held.graph.of_input
-        if not split:
-            mx.eval(held.graph.gradients, [] if of_input is None else of_input)
-        elif of_input is not None:
-            mx.eval(of_input)
+        if of_input is not None:
+            mx.eval(of_input, {} if split else held.graph.gradients)
         return of_input
 
-    def _done(self, stage: int, index: int, held: _Held) -> Done:
+    def _done(self, stage: int, index: int, held: _Held, last: bool) -> Done:
         graph = held.graph
         assert graph is not None
-        mx.eval(graph.result, graph.gradients)
+        if not last:  # Of the last ones, some can be on their way to the other copies while others are computed.
+            mx.eval(graph.result, graph.gradients)
         loss = float(np.asarray(graph.result)) if stage == self._last else None
         return Done(index, loss, graph.gradients)
 
@@ -225,7 +250,7 @@ class Pipeline:
         parameters = trainable(model)
         names, values = list(parameters), list(parameters.values())
         if stage == self._last:
-            cotangent = mx.array(1.0)
+            cotangent = mx.array(batch.scale)
         elif cotangent is None:
             width, dtype = self._inputs[stage + 1]
             cotangent = mx.zeros((*_shape(batch), width), dtype)
@@ -241,7 +266,8 @@ class Pipeline:
         (result,), gradients = mx.vjp(apply, primals, [cotangent])
         model.update(tree_unflatten(list(parameters.items())))  # The transformation has left its tracers there.
         of_input = None if incoming is None else gradients[-1]
-        return _Graph(result, cotangent, of_input, dict(zip(names, gradients, strict=False)))
+        of_weights = unscaled(dict(zip(names, gradients, strict=False)), batch.scale)
+        return _Graph(result, cotangent, of_input, of_weights)
 
     def _result(self, stage: int, incoming: mx.array | None, batch: Microbatch) -> mx.array:
         """Of a stage: hidden state, or the summed loss; not evaluated."""
@@ -255,28 +281,36 @@ class Pipeline:
     def _send(self, computed: Action, result: mx.array, schedule: Schedule, what: str) -> None:
         target = schedule.target(computed)
         assert target is not None
+        if self._wire_dtype is not None:
+            result = rounded(result, self._wire_dtype)
         self._post(computed, result, schedule.worker_of(target.stage), what)
 
     def _receive(self, computing: Action, batch: Microbatch, schedule: Schedule, what: str) -> mx.array:
         source = schedule.source(computing)
         assert source is not None
-        return self._expect(computing, schedule.worker_of(source.stage), batch, what)
+        shape = (*_shape(batch), self._between(computing).width)
+        wire = self._expect(computing, schedule.worker_of(source.stage), shape, self._wire_dtype, what)
+        return restored(wire, shape, self._between(computing).dtype)
 
     def _post(self, computed: Action, result: mx.array, peer: int, what: str) -> None:
-        wire = result if self._wire_dtype is None else result.astype(self._wire_dtype)
-        mx.eval(wire)
-        self.comm.send(wire, peer % self.comm.size, _TAGS[computed.kind], what)
+        mx.eval(result)
+        self.comm.send(result, peer % self.comm.size, _TAGS[computed.kind], what)
 
-    def _expect(self, computing: Action, peer: int, batch: Microbatch, what: str) -> mx.array:
-        """What an F or a B takes, in the shape and dtype that it must have."""
-        width, dtype = self._inputs[computing.stage + (computing.kind == "B")]
+    def _expect(
+        self, computing: Action, peer: int, shape: tuple[int, ...], wire_dtype: mx.Dtype | None, what: str
+    ) -> mx.array:
+        """What an F or a B takes, as it travels."""
         peer %= self.comm.size
         array = self.comm.recv(peer, _TAGS[computing.kind], what)
-        due, wire = (*_shape(batch), width), self._wire_dtype or dtype
-        if array.shape != due or array.dtype != wire:
-            reason = f"sent {array.dtype}{tuple(array.shape)} for {computing}, where {wire}{due} was due"
+        due, dtype = on_wire(shape, wire_dtype or self._between(computing).dtype)
+        if array.shape != due or array.dtype != dtype:
+            reason = f"sent {array.dtype}{tuple(array.shape)} for {computing}, where {dtype}{due} was due"
             raise CommError(f"recv of {what}", peer, self.comm.generation, 0.0, reason)
-        return array.astype(dtype)
+        return array
+
+    def _between(self, computing: Action) -> Between:
+        """Of what an F or a B takes."""
+        return self._inputs[computing.stage + (computing.kind == "B")]
 
 
 def _shape(batch: Microbatch) -> tuple[int, int]:

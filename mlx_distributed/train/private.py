@@ -17,12 +17,14 @@ from mlx_distributed.comm.base import Communicator
 from mlx_distributed.comm.buckets import Arrays, BucketLayout, from_buckets, to_buckets
 from mlx_distributed.comm.compress import Feedback
 from mlx_distributed.errors import CheckpointError
+from mlx_distributed.models.tensor_file import Arriving
 from mlx_distributed.parallel.adamw import MOMENTS, STEP
 from mlx_distributed.parallel.shard import Shard
 from mlx_distributed.train import copies, stage_files
 from mlx_distributed.train.agreement import broadcast_bytes
 from mlx_distributed.train.checkpoint import Checkpoint
 from mlx_distributed.train.checkpoint.segments import COPY, FEEDBACK, PENDING, segment_name
+from mlx_distributed.train.loss_scale import LOSS_SCALE, LossScale
 from mlx_distributed.train.outer import NUM_TOKENS
 from mlx_distributed.train.pending import Pending
 from mlx_distributed.train.state import TrainState
@@ -47,7 +49,9 @@ def give(state: TrainState, layout: Sequence[BucketLayout], comm: Communicator) 
             comm.send(array, 0, _TAG, _PRIVATE)
 
 
-def collect(state: TrainState, layout: Sequence[BucketLayout], comm: Communicator) -> list[Callable[[], Arrays]]:
+def collect(
+    state: TrainState, layout: Sequence[BucketLayout], comm: Communicator
+) -> Sequence[Callable[[], Arrays | Arriving]]:
     """On rank 0: what gets, from each rank, what only that has, named as in its file. To be called one after the other,
     in rank order. Empty where all ranks have the same and nothing is under way."""
 
@@ -130,7 +134,7 @@ def _feedback_names(layout: Sequence[BucketLayout]) -> list[str]:
 def _hand_out_moments(state: TrainState, checkpoint: Checkpoint | None, comm: Communicator) -> None:
     """Array by array, of which every rank keeps its segment, so that nobody holds all of them."""
     assert state.shard is not None
-    kinds: dict[str, tuple[mx.Dtype, tuple[int, ...]]] = {STEP: (mx.uint64, ())}
+    kinds = {name: (array.dtype, tuple(array.shape)) for name, array in state.shared.items()}
     for name, array in state.parameters.items():
         kinds |= {f"{name}.{moment}": (mx.float32, tuple(array.shape)) for moment in MOMENTS}
     ranges = {f"{name}.{moment}": owned for name, owned in state.shard.ranges.items() for moment in MOMENTS}
@@ -142,6 +146,8 @@ def _hand_out_moments(state: TrainState, checkpoint: Checkpoint | None, comm: Co
         whole = comm.broadcast(found[1], 0, f"{_MOMENTS}, {name}")
         if name == STEP:
             state.optimizer[name] = whole
+        elif name == LOSS_SCALE:
+            state.loss_scale = LossScale.of(whole)
         elif name in ranges:
             # Through numpy, as a view would keep the whole in memory.
             state.optimizer[name] = mx.array(np.asarray(whole).reshape(-1)[slice(*ranges[name])])

@@ -12,6 +12,7 @@ from mlx_distributed.config import Config
 from mlx_distributed.parallel.adamw import DistributedAdamW
 from mlx_distributed.parallel.shard import Range, Shard
 from mlx_distributed.train import outer
+from mlx_distributed.train.loss_scale import LossScale
 from mlx_distributed.train.state import Inner, TrainState
 
 
@@ -44,6 +45,7 @@ def init_state(model: nn.Module, config: Config, comm: Communicator) -> TrainSta
         ConfigError: the model cannot be cut into as many fragments as the configuration asks for.
     """
     state, optimizer = TrainState(model, {}), make_optimizer(config)
+    state.loss_scale = LossScale() if config.precision == "fp16" else None
     parameters = state.parameters
     if config.parallel.sync == "diloco":
         num_fragments = len(outer.make_fragments(parameters, config))

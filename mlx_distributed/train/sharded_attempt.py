@@ -72,7 +72,7 @@ def replay(state: TrainState, sums: Arrays) -> None:
 def _apply(state: TrainState, sums: Arrays) -> None:
     tally, skipped = Tally.pop(sums), sums.pop(_SKIPPED).item()
     if skipped:
-        state.skip()
+        state.skip(overflow=tally.first_not_finite() is None)
     else:
         state.take([sums], tally.total_tokens)
 

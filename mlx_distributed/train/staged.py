@@ -13,8 +13,7 @@ from mlx_distributed.comm.base import Parts
 from mlx_distributed.comm.buckets import Arrays, BucketLayout, to_buckets
 from mlx_distributed.comm.tree_sum import Node, cover
 from mlx_distributed.config import Config
-from mlx_distributed.data.plan import Plan
-from mlx_distributed.data.tokenize import Row
+from mlx_distributed.data.stream import AnyPlan, AnyRows
 from mlx_distributed.errors import CommError
 from mlx_distributed.parallel.schedule import Schedule
 from mlx_distributed.train.phases import Phases, Reduced, Sums, Work
@@ -79,8 +78,8 @@ class StagePhases(Phases):
     def __init__(
         self,
         config: Config,
-        plan: Plan,
-        rows: Sequence[Row],
+        plan: AnyPlan,
+        rows: AnyRows,
         stop_requested: Callable[[], bool],
         pipeline: Pipeline,
         schedule: Callable[[int], Schedule],
@@ -104,10 +103,11 @@ class StagePhases(Phases):
         """See `Phases.add`; all workers of the pipeline are given the same micro-batches."""
         batches = []
         for i in leaves:
-            tokens, loss_mask = self.batch(work, i)
-            sums.tally.num_tokens[i] = loss_mask[:, 1:].sum()
+            batch = self.batch(work, i)
+            sums.tally.num_tokens[i] = batch.num_labels
             seed = self.dropout_seed(work.step, work.first + i)
-            batches.append(Microbatch(mx.array(tokens), mx.array(loss_mask), seed))
+            arrays = mx.array(batch.tokens), mx.array(batch.loss_mask)
+            batches.append(Microbatch(*arrays, seed, batch.groups, state.scale))
         gradients: dict[int, Arrays] = {}
         num_left = dict.fromkeys(range(len(batches)), len(self.pipeline.stages))
         for done in (
@@ -123,7 +123,8 @@ class StagePhases(Phases):
             if not num_left[done.microbatch]:
                 for tree, bucket in zip(sums.trees, to_buckets(sums.layout, gradients.pop(i)), strict=True):
                     tree.put((i, i + 1), bucket)
-                mx.eval([tree.parts for tree in sums.trees])
+                if any(num_left.values()):
+                    mx.eval([tree.parts for tree in sums.trees])
             check()
         nodes: Sequence[Node] = sums.nodes
         if not sums.trees and leaves:  # Nothing is trained here.

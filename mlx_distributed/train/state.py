@@ -17,6 +17,7 @@ from mlx_distributed.errors import CheckpointError
 from mlx_distributed.models import trainable
 from mlx_distributed.parallel.adamw import STEP, DistributedAdamW, decaying
 from mlx_distributed.parallel.shard import Part, Shard
+from mlx_distributed.train.loss_scale import LOSS_SCALE, LossScale
 from mlx_distributed.train.pending import Pending
 
 
@@ -52,6 +53,8 @@ class TrainState:
     """What lossy wire formats have left out of this rank's gradients."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Of the last evaluation, if it was made at this very step; they go into the checkpoint."""
+    evaluations: dict[int, float] = field(default_factory=dict)
+    """By step, what decides about early stopping (`best`), of all evaluations so far."""
     shard: Shard | None = None
     """Which part of the moments this rank has; None: all of them, as every rank has."""
     pending: Pending | None = None
@@ -63,6 +66,8 @@ class TrainState:
     """Workers that have one copy of the model between them; parameters and moments are of this one's part alone."""
     mirrors: list[Part] = field(default_factory=list)
     """Moments that this rank keeps for when their owner is lost (`mirrors`)."""
+    loss_scale: LossScale | None = None
+    """For gradients of float16."""
 
     @property
     def parameters(self) -> Arrays:
@@ -70,9 +75,15 @@ class TrainState:
         return trainable(self.model)
 
     @property
+    def scale(self) -> float:
+        """What the loss is multiplied by before it is differentiated."""
+        return 1.0 if self.loss_scale is None else self.loss_scale.value
+
+    @property
     def shared(self) -> Arrays:
-        """Of the optimizer's state what is the same on every rank."""
-        return self.optimizer if self.shard is None else {STEP: self.optimizer[STEP]}
+        """Of the optimizer's state what is the same on every rank, the loss scale with it."""
+        arrays = self.optimizer if self.shard is None else {STEP: self.optimizer[STEP]}
+        return arrays if self.loss_scale is None else arrays | {LOSS_SCALE: self.loss_scale.array}
 
     @property
     def moments(self) -> Arrays:
@@ -118,13 +129,22 @@ class TrainState:
         self.num_tokens += num_tokens
         self.num_skipped = 0
         self.metrics = {}
+        if self.loss_scale is not None:
+            self.loss_scale = self.loss_scale.after_step()
 
-    def skip(self) -> None:
-        """Pass over the micro-batches of this step without an update."""
+    def skip(self, overflow: bool = False) -> None:
+        """Pass over the micro-batches of this step without an update.
+
+        Args:
+            overflow: every loss is finite, and the gradient is not: it may be the fault of the loss scale.
+        """
         self.feedback.discard()
         self.step += 1
-        self.num_skipped += 1
         self.metrics = {}
+        if self.loss_scale is not None and overflow and self.loss_scale.can_halve:
+            self.loss_scale = self.loss_scale.halved()  # Which is how it is found: nothing is wrong with the run.
+        else:
+            self.num_skipped += 1
 
     def restore(self, parameters: Arrays, optimizer: Arrays, step: int, num_tokens: int, num_skipped: int) -> None:
         """Take over a saved state. `optimizer` is as `shared`: the moments of a shard stay as they are.
@@ -138,7 +158,9 @@ class TrainState:
                 if expected != found:
                     raise CheckpointError(f"the saved state does not fit: {name} is {found} there and {expected} here")
         self.model.update(tree_unflatten(list(parameters.items())))
-        self.optimizer = self.optimizer | optimizer
+        if self.loss_scale is not None:
+            self.loss_scale = LossScale.of(optimizer[LOSS_SCALE])
+        self.optimizer |= {name: array for name, array in optimizer.items() if name != LOSS_SCALE}
         self.step, self.num_tokens, self.num_skipped = step, num_tokens, num_skipped
         mx.eval(self.parameters, self.optimizer)
 

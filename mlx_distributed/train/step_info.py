@@ -31,3 +31,5 @@ class StepInfo:
     """Why the step left the parameters as they were."""
     num_steps: int = 1
     """Steps that this is said of, the last of which is `step`."""
+    data_s: float = 0.0
+    """What this rank has waited for rows since the step that was told of before."""

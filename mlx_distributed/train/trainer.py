@@ -42,7 +42,7 @@ class Trainer:
             CommError: a peer was lost; the state is that of the last commit.
         """
         for info in self._steps(self.phases, state, mesh.dp):
-            yield info
+            yield replace(info, data_s=self.phases.take_data_s())
             check_progress(state, info)
             if info.stop_requested:
                 return
@@ -75,9 +75,10 @@ class Trainer:
 def check_progress(state: TrainState, info: StepInfo) -> None:
     """Raise TrainingError where the last `MAX_SKIPPED` steps were all skipped."""
     if info.skipped and state.num_skipped >= MAX_SKIPPED:
+        wider = "precision=bf16, which has the range that float16 lacks, " if state.loss_scale is not None else ""
         raise TrainingError(
             f"{info.skipped}. That was the {MAX_SKIPPED}rd step in a row: training stops here; "
-            "a lower optimizer.learning_rate or a look at the data of these steps may help"
+            f"{wider}a lower optimizer.learning_rate or a look at the data of these steps may help"
         )
 
 

@@ -44,7 +44,7 @@ def bare_loop(config_file: Path, num_microbatches: int) -> int:
     from mlx_distributed.cli.load import load_all
     from mlx_distributed.comm.base import LocalComm
     from mlx_distributed.config import load_config
-    from mlx_distributed.data.tokenize import collate
+    from mlx_distributed.data.batch import collate
 
     mx.disable_compile()  # as mlx-train does on the CPU
     loaded = load_all(load_config(config_file), LocalComm())
@@ -59,12 +59,12 @@ def bare_loop(config_file: Path, num_microbatches: int) -> int:
     for step in range(NUM_STEPS):
         total, num_labels = None, 0
         for rows in loaded.plan.microbatches(step)[:num_microbatches]:
-            tokens, loss_mask = collate([loaded.rows.train[row] for row in rows])
-            loss, gradients = loss_and_gradients(mx.array(tokens), mx.array(loss_mask))
+            batch = collate([loaded.rows.train[row] for row in rows])
+            loss, gradients = loss_and_gradients(mx.array(batch.tokens), mx.array(batch.loss_mask))
             total = gradients if total is None else tree_map(mx.add, total, gradients)
             del gradients
             mx.eval(loss, total)
-            num_labels += int(loss_mask[:, 1:].sum())
+            num_labels += batch.num_labels
         total, _ = optim.clip_grad_norm(tree_map(lambda g, n=num_labels: g / n, total), max_norm=1.0)
         optimizer.update(model, total)
         del total

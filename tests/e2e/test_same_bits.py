@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
-from support import digest, metrics, train_all
+from support import checkpoints, digest, metrics, train_all
 
 VARIANTS = {
     "2 workers": ["--nproc", "2"],
@@ -36,3 +37,18 @@ def test_every_way_to_compute_gives_the_same_model(config: Path, tmp_path: Path,
     for name in variants:
         assert digest(tmp_path / name) == digest(alone), name
         assert metrics(tmp_path / name) == metrics(alone), name
+
+
+def test_packed_rows_within_a_budget_too(config: Path, tmp_path: Path) -> None:
+    alone, two, resumed = (tmp_path / name for name in ("alone", "two", "resumed"))
+    same = ["data.packing=true", "data.max_seq_length=128", "train.micro_batch_tokens=128", "lora.dropout=0.1"]
+    same += ["method=lora", "train.max_steps=5", "checkpoint.steps=2"]
+    train_all(config, {alone: same, two: [*same, "--nproc", "2"]})
+    shutil.copytree(alone, resumed)
+    shutil.rmtree(resumed / "final")
+    for folder in checkpoints(resumed)[1:]:
+        shutil.rmtree(folder)
+    train_all(config, {resumed: [*same, "--nproc", "3", "--resume"]})
+    for folder in (two, resumed):
+        assert digest(folder) == digest(alone), folder
+        assert metrics(folder) == metrics(alone), folder

@@ -109,6 +109,33 @@ def test_one_that_dies_is_named_and_the_others_go_on(run_file: Path, tmp_path: P
     assert taken(tmp_path / "out") == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_that_may_have_run_out_of_memory_is_started_again_with_half(
+    run_file: Path, tmp_path: Path, rank: int
+) -> None:
+    plans = {"PLAN_0": "stay with 2", "PLAN_1": "stay with 2", f"PLAN_{rank}": "die once at 1"}
+    done = finish("host", run_file, "parallel.nproc=2", "train.memory_budget=1GB", **plans)
+    assert (done.status, done.stderr) == (0, f"error: worker {HOST}-{rank} was ended by SIGKILL; the others go on\n")
+    assert (
+        f"worker {HOST}-{rank} may have run out of memory: it is started again, to compute micro-batches in 2 parts\n"
+        in done.stdout
+    )
+    assert taken(tmp_path / "out") == [1, 2, 3, 4]
+
+
+def test_one_that_dies_again_and_again_is_left_out(run_file: Path, tmp_path: Path) -> None:
+    plans = {"PLAN_0": "stay with 2", "PLAN_1": "die at 0"}
+    with started("host", run_file, "parallel.nproc=2", "train.memory_budget=1GB", **plans) as command:
+        for num_parts in (2, 4, 8):
+            command.read_until(f"started again, to compute micro-batches in {num_parts} parts")
+        assert command.process.stderr is not None
+        lines = iter(command.process.stderr.readline, "")
+        assert any(f"worker {HOST}-1 is not started again, as it has died 4 times" in line for line in lines)
+        command.process.send_signal(signal.SIGINT)
+        assert command.wait().status == 130
+    assert taken(tmp_path / "out") == []
+
+
 @pytest.mark.parametrize(
     ("plans", "status", "error"),
     [

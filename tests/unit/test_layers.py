@@ -36,9 +36,10 @@ ONLY_IN = {
     },
     "mlx.core.distributed": {"comm/native.py", "parallel/tensor.py"},
     "wandb": {"tracking/wandb_tracker.py"},
+    "sacrebleu": {"evaluate/score.py"},
 }
-# Slow and large to import, and most runs need neither.
-LAZY = {"datasets", "wandb"}
+# Slow and large to import, and most runs need none of them.
+LAZY = {"datasets", "sacrebleu", "wandb"}
 # Configurations are checked where MLX cannot be installed.
 PLAIN_LEVEL, PLAIN_LIBRARIES = 0, {*sys.stdlib_module_names, "yaml"}
 MAX_LINES = 400

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mlx_distributed.cli.elastic.machine import address_of, advice, this_machine
 from mlx_distributed.cli.errors import INTERRUPTED
 from mlx_distributed.cli.interrupt import SIGNALS
-from mlx_distributed.cli.local import LocalWorkers, Worker, worker_environment
-from mlx_distributed.cli.output_dir import RunRecord
+from mlx_distributed.cli.local import LocalWorkers, Worker, log_files, waiting_signals, worker_environment
+from mlx_distributed.cli.output_dir import RunRecord, config_file
 from mlx_distributed.config import Config
 from mlx_distributed.elastic.protocol import End, Outcome
 from mlx_distributed.errors import ConfigError
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from mlx_distributed.comm.tls import Identity
 
 WORKER = "mlx_distributed.cli.worker"
+MAX_HALVINGS = 3
+"""So often a worker that has run out of memory is started again, each time with half of what it computes at a time."""
 
 
 class Enrolment(NamedTuple):
@@ -57,6 +59,7 @@ class Crew(LocalWorkers):
     Args:
         jobs: what each worker is told.
         log_files, env, debug, module: as of `LocalWorkers`.
+        halves: start a worker again that was ended by `local.OUT_OF_MEMORY`, while others know the state of the run.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Crew(LocalWorkers):
         env: Mapping[str, str],
         debug: bool = False,
         module: str = WORKER,
+        halves: bool = False,
     ) -> None:
         with contextlib.ExitStack() as stack:
             # Whoever leads the run speaks on the console, also when the worker is lost whose standard output it is.
@@ -75,14 +79,24 @@ class Crew(LocalWorkers):
                 stack.callback(os.close, self._console)
             told = [self._told(job, log_file) for job, log_file in zip(jobs, log_files, strict=True)]
             super().__init__(told, log_files, env, debug, module)
+            self._closing = stack.pop_all()
         if all(job["seat"]["joined"] for job in jobs):
             self._on_sigterm = signal.SIGTERM
-        for worker, job in zip(self._workers, jobs, strict=True):
-            worker.name = job["seat"]["name"]
         self._living = list(self._workers)
         self._enrolled: dict[int, Enrolment] = {}
-        self._answered = False
+        self._coordinator: str | None = None
+        """Its address, once those who have enrolled are told."""
+        self._halves = halves
         self._said: set[str] = set()
+
+    def close(self) -> None:
+        super().close()
+        self._closing.close()
+
+    def _begin(self, rank: int) -> Worker:
+        worker = super()._begin(rank)
+        worker.name = self._jobs[rank]["seat"]["name"]
+        return worker
 
     def _start(self, rank: int, log_file: Path | None, env: Mapping[str, str], pass_fds: Sequence[int] = ()) -> Worker:
         if log_file is not None and self._console is not None:
@@ -97,7 +111,7 @@ class Crew(LocalWorkers):
     @property
     def enrolment(self) -> Enrolment | None:
         """Of the first worker, once all that live have enrolled and until they are answered."""
-        if self._answered or any(worker.rank not in self._enrolled for worker in self._living):
+        if self._coordinator or any(worker.rank not in self._enrolled for worker in self._living):
             return None
         return self._enrolled.get(0)
 
@@ -107,7 +121,7 @@ class Crew(LocalWorkers):
 
     def answer(self, coordinator: str) -> None:
         """Tell all who have enrolled where the coordinator is."""
-        self._answered = True
+        self._coordinator = coordinator
         for worker in self._living:
             worker.control.send(coordinator=coordinator)
 
@@ -140,6 +154,8 @@ class Crew(LocalWorkers):
         if "num_steps" in message:
             begins_with = Outcome(*message["begins_with"])
             self._enrolled[worker.rank] = Enrolment(message["num_steps"], message["config_digest"], begins_with)
+            if self._coordinator:  # It was started again.
+                worker.control.send(coordinator=self._coordinator)
 
     def _bury(self, worker: Worker) -> None:
         while (message := worker.control.receive()) is not None:
@@ -152,11 +168,35 @@ class Crew(LocalWorkers):
         elif worker.error:
             self.say(worker.error)
         elif (ending := worker.ending()) and not (self._num_interrupts and worker.process.returncode in _KILLED):
-            self.say(f"{ending}; the others go on" if self._answered and self._living else ending)
-        if worker.rank == 0 and not self._answered:
+            self.say(f"{ending}; the others go on" if self._coordinator and self._living else ending)
+            if self._halves and worker.may_have_run_out_of_memory:
+                self._start_again(worker)
+        if worker.rank == 0 and not self._coordinator:
             # Nobody would say what there is to coordinate.
             for other in self._living:
                 other.kill()
+
+    def _start_again(self, worker: Worker) -> None:
+        """With half of what it has computed at a time, if somebody is left who knows the state of the run."""
+        job = self._jobs[worker.rank]
+        halvings, joined = job["halvings"] + 1, job["seat"]["joined"]
+        if self._coordinator is None or self._num_interrupts or not (self._living or joined):
+            return
+        if halvings > MAX_HALVINGS:
+            self.say(f"worker {worker.name} is not started again, as it has died {halvings} times")
+            return
+        print(
+            f"worker {worker.name} may have run out of memory: it is started again, to compute micro-batches in "
+            f"{2**halvings} parts",
+            flush=True,
+        )
+        file = config_file(Path(job["config_file"]).parent)
+        seat = {**job["seat"], "first": False}
+        self._jobs[worker.rank] = {**job, "halvings": halvings, "config_file": str(file), "seat": seat}
+        worker.control.close()
+        with waiting_signals():
+            self._workers[worker.rank] = again = self._begin(worker.rank)
+        self._living.append(again)
 
 
 _KILLED = tuple(-number for number in SIGNALS)
@@ -214,6 +254,7 @@ def start_crew(
             "wandb_id": record.wandb_id,
             "resume": resume,
             "log": not place.quiet,
+            "halvings": 0,
             "seat": {
                 "name": f"{place.names}-{rank}",
                 "listen": f"{place.host}:{port + rank if port else 0}",
@@ -225,7 +266,5 @@ def start_crew(
         }
         for rank in range(nproc)
     ]
-    logs = config.output_dir / "logs"
-    logs.mkdir(exist_ok=True)
-    log_files = [None if rank == 0 else logs / f"rank-{rank}.log" for rank in range(nproc)]
-    return Crew(jobs, log_files, env, debug, module)
+    halves = config.train.memory_budget is not None
+    return Crew(jobs, log_files(config.output_dir / "logs", nproc), env, debug, module, halves)

@@ -7,11 +7,15 @@ import binascii
 import secrets
 import zlib
 from dataclasses import dataclass, field
+from typing import Literal
 
 from mlx_distributed.config.checks import is_address
 from mlx_distributed.errors import ConfigError
 
+Kind = Literal["elastic", "group"]
+"""Of a run with a coordinator, or of a group whose members are all there from the beginning to the end."""
 PREFIX = "mlxd"
+PREFIXES: dict[Kind, str] = {"elastic": PREFIX, "group": "mlxg"}
 VERSION = "1"
 TOKEN_BYTES, FINGERPRINT_BYTES, CHECKSUM_BYTES = 16, 32, 4
 
@@ -23,27 +27,28 @@ def new_token() -> str:
 
 @dataclass(frozen=True)
 class Invitation:
-    """Where a run is coordinated, the secret that lets a worker in, and by what the coordinator is known."""
+    """Where to ask to be let in, the secret that opens, and by what the one who listens there is known."""
 
     address: str
     """Host and port."""
     token: str = field(repr=False)
     """As of `new_token`."""
     fingerprint: str
-    """SHA-256 of the coordinator's certificate, in hexadecimal."""
+    """SHA-256 of the certificate that is shown there, in hexadecimal."""
+    kind: Kind = "elastic"
 
     def __str__(self) -> str:
         """Without the secret: for logs."""
         return f"the invitation to {self.address}"
 
     def encode(self) -> str:
-        """The join string: `mlxd`, a version, then a checksum, token, fingerprint and address in base 32.
+        """The join string: a prefix, a version, then a checksum, token, fingerprint and address in base 32.
 
         Base 32 has no letter that a shell or a chat program takes for something else, and no upper and lower case.
         """
         payload = bytes.fromhex(self.token) + bytes.fromhex(self.fingerprint) + self.address.encode()
         text = base64.b32encode(zlib.crc32(payload).to_bytes(CHECKSUM_BYTES) + payload).decode()
-        return PREFIX + VERSION + text.rstrip("=").lower()
+        return PREFIXES[self.kind] + VERSION + text.rstrip("=").lower()
 
     @classmethod
     def decode(cls, text: str) -> Invitation:
@@ -54,10 +59,12 @@ class Invitation:
                 it, as it may hold the secret.
         """
         word = "".join(text.split()).lower()
-        if not word.startswith(PREFIX):
+        kind = next((kind for kind, prefix in PREFIXES.items() if word.startswith(prefix)), None)
+        if kind is None:
+            begins = " or ".join(prefix + VERSION for prefix in PREFIXES.values())
             raise ConfigError(
-                f"this is not a join string: those begin with {PREFIX}{VERSION}; copy the one that mlx-train or "
-                "mlx-distributed coordinator has printed, with nothing before or after it"
+                f"this is not a join string: those begin with {begins}; copy the one that mlx-train or mlx-distributed "
+                "has printed, with nothing before or after it"
             )
         version, body = word[len(PREFIX) : len(PREFIX) + 1], word[len(PREFIX) + 1 :]
         if version != VERSION:
@@ -77,4 +84,4 @@ class Invitation:
             raise damaged from None
         if checksum != zlib.crc32(payload).to_bytes(CHECKSUM_BYTES) or not is_address(address):
             raise damaged
-        return cls(address, token.hex(), fingerprint.hex())
+        return cls(address, token.hex(), fingerprint.hex(), kind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +15,10 @@ from mlx_distributed import __version__
 from mlx_distributed.cli.elastic.attended import Attendance
 from mlx_distributed.cli.elastic.crew import WORKER, Place, exit_status, hostname, start_crew
 from mlx_distributed.cli.elastic.invitation import Invitation
-from mlx_distributed.cli.elastic.machine import resolve, this_machine
-from mlx_distributed.cli.elastic.reach import Reached, reach
+from mlx_distributed.cli.elastic.reach import reach
 from mlx_distributed.cli.output_dir import open_output_dir
 from mlx_distributed.comm.tls import Identity
 from mlx_distributed.config import Config, load_config
-from mlx_distributed.elastic.inquiry import Description
 from mlx_distributed.errors import ConfigError
 
 POLL_S = 0.1
@@ -43,15 +42,13 @@ def join(
         debug: have workers print tracebacks.
         module: the program of a worker.
         attendance: of whoever has started this from another machine; None where a person has.
-        listen: host, or interface, and port at which others reach these workers, the first of them where there are
+        listen: host and port at which others reach these workers, the first of them where there are
             several; port 0 takes free ones. None takes the interface that reaches the coordinator.
 
     Raises:
         ConfigError: the join string is of no use, or this machine cannot take part.
         TrainingError: nobody answers, or the run is over.
     """
-    if listen is not None:
-        listen = resolve(listen, this_machine().interfaces())
     reached = reach(Invitation.decode(text))
     description = reached.contact.describe()
     if description.program_version != __version__:
@@ -60,7 +57,8 @@ def join(
             f"this is {__version__}: the same bits are promised within one version only; install that version here"
         )
     folder = output_dir or Path("runs") / f"joined-{description.run_id[:8]}"
-    config = config_here(description, reached, nproc or "1", folder)
+    overrides = [f"parallel.nproc={nproc or '1'}", f"output_dir={folder.absolute()}"]
+    config = config_here(description.config, reached.contact.address, overrides)
     record = open_output_dir(config, resume=True, joined=(description.run_id, description.wandb_id))
     identity = Identity(description.key, description.certificate)
     host = reached.local_host
@@ -82,23 +80,28 @@ def join(
         crew.close()
 
 
-def config_here(description: Description, reached: Reached, nproc: str, output_dir: Path) -> Config:
-    """The configuration of the run, as it is used on this machine.
+def config_here(config: str, address: str, overrides: Sequence[str]) -> Config:
+    """The configuration of a run that was begun elsewhere, as it is used on this machine.
+
+    Args:
+        config: resolved, as YAML.
+        address: where the run is, for the error.
+        overrides: what is of this machine alone.
 
     Raises:
-        ConfigError: data or a model are not here, or `nproc` cannot be used.
+        ConfigError: data or a model are not here, or an override cannot be used.
     """
-    if missing := missing_files(description.config):
+    if missing := missing_files(config):
         raise ConfigError(
-            f"the run at {reached.contact.address} trains on what is not on this machine: {', '.join(missing)}; every "
+            f"the run at {address} trains on what is not on this machine: {', '.join(missing)}; every "
             "worker reads data and model itself, so put them in the same place here (a copy, a link or a shared "
             "folder), or start the run with names on the Hugging Face hub"
         )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config-of-the-run.yaml"
-        path.write_text(description.config, encoding="utf-8")
-        overrides = [f"parallel.nproc={nproc}", f"output_dir={output_dir.absolute()}"]
-        return load_config(path, overrides)
+        path.write_text(config, encoding="utf-8")
+        # Where the run keeps tokenised rows may be no place to write to here.
+        return load_config(path, ["data.cache_dir=null", *overrides])
 
 
 def missing_files(config: str) -> list[str]:

@@ -1,7 +1,9 @@
-"""`mlx-distributed launch`: an elastic run, coordinated here, with workers here and, over SSH, on other machines.
+"""`mlx-distributed launch`: a run with workers on this machine and, over SSH, on others.
 
-Training begins as soon as the workers of this machine are ready (or `elastic.min_workers` are), and the others join:
-who is late costs nobody anything. This machine trains unless told not to, as whoever was there first writes the model.
+It is elastic, and coordinated here: training begins as soon as the workers of this machine are ready (or
+`elastic.min_workers` are), and the others join: who is late costs nobody anything. This machine trains unless told not
+to, as whoever was there first writes the model. Where the configuration asks for a pipeline or for `num_workers`, it is
+a group that begins when all are there.
 """
 
 from __future__ import annotations
@@ -16,7 +18,10 @@ from mlx_distributed.cli.elastic.coordinator import serve_alone
 from mlx_distributed.cli.elastic.crew import WORKER
 from mlx_distributed.cli.elastic.host import host
 from mlx_distributed.cli.elastic.hostfile import Host, parse_hosts, read_hostfile
-from mlx_distributed.cli.elastic.ssh import OPTIONS, Remotes, address_towards, folder_for, remote_command
+from mlx_distributed.cli.elastic.ssh import OPTIONS, Remotes, folder_for, listen_towards, remote_command
+from mlx_distributed.cli.local import training_job
+from mlx_distributed.cli.meeting.launching import is_fixed, read_fixed
+from mlx_distributed.cli.meeting.training import lead
 from mlx_distributed.cli.output_dir import RunRecord, open_output_dir
 from mlx_distributed.config import Config, load_config
 from mlx_distributed.errors import ConfigError
@@ -44,12 +49,19 @@ def launch(args: argparse.Namespace, module: str = WORKER) -> int:
         raise ConfigError(
             "--nproc 0 keeps this machine from training, and it is named among the hosts; drop one of the two"
         )
-    ssh = _client(args.ssh)
+    ssh, resume = _client(args.ssh), "auto" if args.resume else None
+    if is_fixed(args):
+        config = read_fixed(args, ssh, hosts)
+        record = open_output_dir(config, resume=args.resume)
+        each_brings = ["--nproc", str((config.parallel.size - config.parallel.nproc) // len(hosts))]
+        commands = {each.name: _command(args, ssh, each, record, each_brings) for each in hosts}
+        remotes = Remotes(commands, args.remote_command, "the run cannot begin without it")
+        return lead(config, training_job(record, resume), config.output_dir / "logs", args.debug, remotes)
     config = _config(args, trains, ssh, hosts)
     record = open_output_dir(config, resume=args.resume)
     remotes = Remotes({each.name: _command(args, ssh, each, record) for each in hosts}, args.remote_command)
     if trains:
-        return host(config, record, "auto" if args.resume else None, args.debug, module, remotes)
+        return host(config, record, resume, args.debug, module, remotes)
     return serve_alone(config, record, args.debug, module, remotes)
 
 
@@ -72,17 +84,14 @@ def _config(args: argparse.Namespace, trains: bool, ssh: Sequence[str], hosts: S
     config = load_config(args.config, overrides)
     if config.elastic.listen is not None:
         return config
-    address = address_towards(ssh, hosts)
-    if address is None:
-        raise ConfigError(
-            f"by which address {', '.join(each.name for each in hosts)} reach this machine cannot be told, as it knows "
-            "no way to them; set it, as in elastic.listen=192.168.1.20:4000"
-        )
-    return replace(config, elastic=replace(config.elastic, listen=f"{address}:0"))
+    listen = listen_towards(ssh, hosts, "elastic.listen")
+    return replace(config, elastic=replace(config.elastic, listen=listen))
 
 
-def _command(args: argparse.Namespace, ssh: Sequence[str], each: Host, record: RunRecord) -> list[str]:
-    arguments = ["--join", "-", "--attended", "--output-dir", folder_for(record.run_id, each.name)]
+def _command(
+    args: argparse.Namespace, ssh: Sequence[str], each: Host, record: RunRecord, more: Sequence[str] = ()
+) -> list[str]:
+    arguments = ["--join", "-", "--attended", "--output-dir", folder_for(record.run_id, each.name), *more]
     if args.debug:
         arguments.append("--debug")
     return [*ssh, *OPTIONS, "--", each.name, remote_command(args.remote_command, arguments, args.cwd)]

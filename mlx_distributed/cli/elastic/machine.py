@@ -97,13 +97,14 @@ def with_addresses(kinds: Mapping[str, Kind]) -> list[Interface]:
     return found
 
 
-def resolve(listen: str, interfaces: Sequence[Interface]) -> str:
+def resolve(listen: str, interfaces: Sequence[Interface], key: str = "elastic.listen") -> str:
     """`listen` with the address of an interface in place of its name; as it is where its host is an address or the name
     of a host.
 
     Args:
         listen: host and port, as in `en5:4000`.
         interfaces: of this machine.
+        key: of the configuration, for the error.
 
     Raises:
         ConfigError: the host is neither.
@@ -117,7 +118,7 @@ def resolve(listen: str, interfaces: Sequence[Interface]) -> str:
     except (OSError, UnicodeError):
         known = ", ".join(f"{interface.name} ({interface.address})" for interface in interfaces)
         raise ConfigError(
-            f"elastic.listen={listen}: {host} is neither a host that can be found nor an interface of this machine "
+            f"{key}={listen}: {host} is neither a host that can be found nor an interface of this machine "
             f"with an IPv4 address; those are {known or 'none'}"
         ) from None
     return listen

@@ -8,7 +8,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -20,6 +20,7 @@ from mlx_distributed.cli.elastic.transfer import snapshot_of, sums_layout, take,
 from mlx_distributed.cli.errors import INTERRUPTED
 from mlx_distributed.cli.interrupt import Interrupt
 from mlx_distributed.cli.load import Loaded, load_all
+from mlx_distributed.cli.measure import pays_no_more
 from mlx_distributed.cli.output_dir import accept_config
 from mlx_distributed.cli.run import Job, choose_device, make_checkpointer, open_trackers, restore
 from mlx_distributed.comm.base import Communicator, LocalComm
@@ -33,10 +34,12 @@ from mlx_distributed.elastic.protocol import NOTHING, START, EpochId, Facts, Fet
 from mlx_distributed.elastic.recovery import NotReceived, fetch_state
 from mlx_distributed.elastic.snapshots import StateServer
 from mlx_distributed.elastic.worker import View
-from mlx_distributed.errors import ConfigError
-from mlx_distributed.tracking import ConsoleTracker, Trackers
+from mlx_distributed.errors import ConfigError, StreamError
+from mlx_distributed.tracking import Trackers, open_worker_tracker
 from mlx_distributed.train import attempts
+from mlx_distributed.train.agreement import broadcast_bytes
 from mlx_distributed.train.attempts import AnyAttempt
+from mlx_distributed.train.halving import Halving, explained
 from mlx_distributed.train.phases import Phases
 from mlx_distributed.train.private import hand_out
 from mlx_distributed.train.setup import exchange_layout, init_state
@@ -109,10 +112,13 @@ def train_elastic(
     try:
         interrupt.training = True
         measures_links = job.config.parallel.bandwidth == "auto"
-        with machine.on_sleep(partial(member.leave, "its machine goes to sleep"), member.come_back):
+        with explained(), machine.on_sleep(partial(member.leave, "its machine goes to sleep"), member.come_back):
             run_elastic(run, member, form, job.config.elastic.coordinator_grace_s, measures_links)
         interrupt.training = False
         run.end()
+    except StreamError:
+        run.keep()
+        raise
     finally:
         member.close("it was asked to end" if run.leaving else "its work is done")
         endpoint.close()
@@ -135,11 +141,14 @@ class _Run:
         self._wandb_id = job.wandb_id
         self.digest = config_digest(self._loaded, to_dict(job.config))
         self._phases = Phases(
-            job.config, self._loaded.plan, self._loaded.rows.train, lambda: self.leaving and not self.leaving_others
+            job.config, self._loaded.plan, self._loaded.train, lambda: self.leaving and not self.leaving_others
         )
+        self._phases.halving = Halving(lambda line: self.trackers.message(f"worker {seat.name}: {line}"), job.halvings)
         self.num_steps = attempts.num_taken(self._phases, self._loaded.plan.num_steps)
         self.outcome = self._begin(seat)
         """What the state is the state of."""
+        if pays_no_more(job.config, self._state):
+            self.num_steps = self.step
         server.publish(snapshot_of(self._state, self.outcome))
         self.stopped = False
         self.trackers = Trackers([])
@@ -172,6 +181,11 @@ class _Run:
             if self._spoke and self._beside is not None and not others_save:
                 self._beside.save.alone(self._state)
 
+    def keep(self) -> None:
+        """Save what is committed before this worker ends, which can read no more data, if it is the one that saves."""
+        if self._leads and self._beside is not None:
+            self._beside.save.alone(self._state)
+
     def enter(self, group: Communicator, members: Sequence[str]) -> None:
         attempts.enter(self._phases, self._state, group)
         gone = sorted({*self._members} - {*members})
@@ -188,7 +202,7 @@ class _Run:
     def commit(self, attempt: AnyAttempt) -> StepInfo:
         # Of the state of before nothing is kept, but for what of the sums others still want.
         sums = views(attempt.sums) if self._server.release() else None
-        info = attempt.commit()
+        info = replace(attempt.commit(), data_s=self._phases.take_data_s())
         self._publish(Outcome(self.step, attempt.digest), sums)
         return info
 
@@ -216,10 +230,12 @@ class _Run:
             check_progress(state, info)
         if info is not None and info.stop_requested:
             self.stopped, self.num_steps = self.step < self.num_steps, self.step
+        if beside.stops_early:
+            self.num_steps = self.step
         if self.step < self.num_steps:
             return
-        if not self.stopped and not state.metrics:
-            beside.evaluate(state)
+        if not self.stopped:
+            beside.evaluate_last()
         beside.save(state)
         if self.stopped:
             self.trackers.message(f"interrupted: step {state.step} is saved, --resume goes on from there")
@@ -260,6 +276,8 @@ class _Run:
     def _in_group(self, group: Communicator, info: StepInfo | None) -> Beside:
         """What is done beside steps, in this group."""
         if self._beside is None or group is not self._group:
+            # After a resume, the checkpoint says it, which only the first worker has read.
+            self._wandb_id = broadcast_bytes(self._wandb_id.encode(), group, "the W&B run").decode()
             self._follow(group.rank == 0, info)
             self._group = group
             self._beside = Beside(
@@ -288,13 +306,15 @@ class _Run:
             # Of what `info` is of somebody may have told, or not.
             step = self._state.step - (info.num_steps if info is not None else 0)
             metrics = self._state.metrics if info is None else None
-            total = self._loaded.plan.num_steps
-            self.trackers = open_trackers(self._config, total, self._wandb_id, step or None, metrics, self._console)
+            self.trackers = open_trackers(
+                self._config, self._loaded, self._wandb_id, step or None, metrics, self._console
+            )
         elif not leads and ((self._leads, self._spoke) != (leads, speaks) or self._beside is None):
             self.trackers.finish(0)
             stream = self._console if speaks else None
             tells = self._job.log and (speaks or self._console is not None)
-            self.trackers = Trackers([ConsoleTracker(self._loaded.plan.num_steps, stream)] if tells else [])
+            total = self._loaded.plan.num_steps
+            self.trackers = open_worker_tracker(self._config, total, self._wandb_id, self._name, tells, stream)
         self._leads, self._spoke = leads, speaks
 
     def _speaks(self) -> bool:

@@ -22,6 +22,7 @@ from mlx_distributed.cli.elastic.attended import READY
 from mlx_distributed.cli.elastic.hostfile import Host
 from mlx_distributed.cli.errors import INTERRUPTED
 from mlx_distributed.cli.local import MAX_INTERRUPTS
+from mlx_distributed.errors import ConfigError
 
 CONNECT_S, ALIVE_S, NUM_ALIVE = 10, 10, 3
 """So long to connect may take; a connection is lost when nothing has come `NUM_ALIVE` times after `ALIVE_S`."""
@@ -38,6 +39,8 @@ CANNOT_CONNECT, NOT_EXECUTABLE, NOT_FOUND = 255, 126, 127
 POLL_S = 0.05
 LAST_S = 10.0
 """So long after the end of the run a worker may take to end by itself; one that has come too late does not."""
+GO_ON = "the others go on without it. When that is mended, run mlx-train --join there, with the join string above"
+"""What becomes of an elastic run where a host cannot take part."""
 NUM_LAST_WORDS = 2
 """Lines of what was said before a failure that are repeated; the last ones say why."""
 
@@ -80,6 +83,26 @@ def address_towards(ssh: Sequence[str], hosts: Sequence[Host]) -> str | None:
     return loopback
 
 
+def listen_towards(ssh: Sequence[str], hosts: Sequence[Host], key: str) -> str:
+    """Where to listen for hosts that were not told: a free port on the interface by which they are reached.
+
+    Args:
+        ssh: the client.
+        hosts: that are to reach this machine.
+        key: of the configuration that says so.
+
+    Raises:
+        ConfigError: that cannot be found out.
+    """
+    address = address_towards(ssh, hosts)
+    if address is None:
+        raise ConfigError(
+            f"by which address {', '.join(each.name for each in hosts)} reach this machine cannot be told, as it knows "
+            f"no way to them; set it, as in {key}=192.168.1.20:4000"
+        )
+    return f"{address}:0"
+
+
 def _hostname(ssh: Sequence[str], name: str) -> str:
     """What a name stands for in the configuration of ssh."""
     asked = subprocess.run([*ssh, "-G", "--", name], stdin=subprocess.DEVNULL, capture_output=True, text=True)
@@ -98,7 +121,9 @@ def _source_address(host: str) -> str | None:
     return None
 
 
-def ending(host: str, program: str, status: int, started: bool, words: Sequence[str], told: bool) -> str | None:
+def ending(
+    host: str, program: str, status: int, started: bool, words: Sequence[str], told: bool, outlook: str = GO_ON
+) -> str | None:
     """What is to be said of the end of a remote worker, in a paragraph; None where all is well or has been said.
 
     Args:
@@ -108,13 +133,14 @@ def ending(host: str, program: str, status: int, started: bool, words: Sequence[
         started: the program was there.
         words: lines that were printed before it started, or last.
         told: the program has said itself what was wrong.
+        outlook: what becomes of the run where the host cannot take part.
     """
     why = "; ".join(list(filter(None, map(str.strip, words)))[-NUM_LAST_WORDS:]) or "no reason was given"
     if status in (0, INTERRUPTED):
         return None
     if status == CANNOT_CONNECT and started:
         return f"{host}: the connection was lost ({why}); its worker goes on, for as long as it reaches this machine"
-    later = "; the others go on without it. When that is mended, run mlx-train --join there, with the join string above"
+    later = f"; {outlook}"
     if status == CANNOT_CONNECT:
         return (
             f"{host}: ssh cannot connect ({why}); it must get in without being asked, so that `ssh {host}` works{later}"
@@ -133,21 +159,27 @@ class Remotes:
     Args:
         commands: that run ssh, by the name of the host.
         program: of the worker, as it is started there.
+        outlook: as of `ending`.
     """
 
-    def __init__(self, commands: Mapping[str, Sequence[str]], program: str) -> None:
-        self._commands, self._program = commands, program
+    def __init__(self, commands: Mapping[str, Sequence[str]], program: str, outlook: str = GO_ON) -> None:
+        self._commands, self._program, self._outlook = commands, program, outlook
         self._remotes: list[_Remote] = []
 
     def start(self, join_string: str) -> None:
         """Start them all."""
         for host, command in self._commands.items():
-            self._remotes.append(_Remote(host, command, self._program, join_string))
+            self._remotes.append(_Remote(host, command, self._program, join_string, self._outlook))
 
     @property
     def may_train(self) -> bool:
         """Whether any of them may take part, now or later."""
         return any(remote.may_train for remote in self._remotes)
+
+    @property
+    def all_may_train(self) -> bool:
+        """Likewise, all of them."""
+        return all(remote.may_train for remote in self._remotes)
 
     def close(self, over: bool) -> None:
         """Wait for the end of all that can be told to end. Ctrl-C tells them once more, and in the end gives up.
@@ -174,8 +206,8 @@ class Remotes:
 class _Remote:
     """The worker of one host. A thread passes on what it says, and has the last word."""
 
-    def __init__(self, host: str, command: Sequence[str], program: str, join_string: str) -> None:
-        self._host, self._program, self._join_string = host, program, join_string
+    def __init__(self, host: str, command: Sequence[str], program: str, join_string: str, outlook: str) -> None:
+        self._host, self._program, self._join_string, self._outlook = host, program, join_string, outlook
         # In a session of its own: Ctrl-C is for us, and passed on in good order.
         self._process = subprocess.Popen(
             command,
@@ -234,7 +266,7 @@ class _Remote:
         with contextlib.suppress(OSError):
             stdin.close()
         self._lost = status == CANNOT_CONNECT and self._started
-        paragraph = ending(self._host, self._program, status, self._started, words, told)
+        paragraph = ending(self._host, self._program, status, self._started, words, told, self._outlook)
         if paragraph and not self.over:
             _print(f"error: {paragraph}", sys.stderr)
         self.ended.set()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlx_distributed.cli.elastic.access import Access
-from mlx_distributed.cli.elastic.invitation import PREFIX, Invitation
+from mlx_distributed.cli.elastic.invitation import PREFIXES, Invitation
 from mlx_distributed.cli.elastic.reach import reach
 from mlx_distributed.elastic.inquiry import RunStatus
 from mlx_distributed.elastic.membership import Contact
@@ -32,7 +32,7 @@ def print_status(args: argparse.Namespace) -> int:
 
 def find(run: str) -> Contact:
     """The coordinator of a join string or of a folder."""
-    if run.startswith(PREFIX) and not Path(run).is_dir():
+    if run.startswith(tuple(PREFIXES.values())) and not Path(run).is_dir():
         return reach(Invitation.decode(run)).contact
     access = Access.read(Path(run))
     if access is None:

@@ -22,6 +22,7 @@ examples:
   mlx-distributed launch --hosts b.local,ada@192.168.1.7 --config my.yaml
   mlx-distributed launch --hosts b,c --config my.yaml --remote-command 'uv run --project ~/mlx-distributed mlx-train'
   mlx-distributed launch --hostfile hosts.json --config my.yaml --resume
+  mlx-distributed launch --hosts b.local --config my.yaml parallel.pipeline.num_stages=2
 
 Each host needs a way in without a password (`ssh HOST` does not ask), the same version of mlx-distributed, and data and
 model under the same paths as here, or by their names on the hub. This machine trains too, whether it is named or not;
@@ -31,6 +32,9 @@ when this machine is ready (or elastic.min_workers are), the others join, and a 
 Hosts reach this machine at the address from which it reaches them, or at elastic.listen. The join string lets further
 machines in. Ctrl-C saves, and ends all workers. A lost connection ends none; where this command is killed, they wait
 for it to be given again with --resume, for elastic.coordinator_grace_s.
+
+With a pipeline, or with parallel.num_workers, the run is not elastic: it begins when all hosts are there, with as many
+workers each, and ends when one is lost. Its address is parallel.listen.
 
 exit status: 0 the run is done; 1 it has failed; 2 the configuration, a host or the data was refused; 130 interrupted
 """
@@ -66,7 +70,7 @@ def add_launch(verbs: Verbs[argparse.ArgumentParser]) -> None:
         "launch",
         _launch,
         summary="train on this machine and, over SSH, on others",
-        description="Start an elastic run on this machine, and have other machines join it over SSH.",
+        description="Start a run on this machine, and have other machines join it over SSH.",
         epilog=LAUNCH_EPILOG,
     )
     hosts = verb.add_mutually_exclusive_group(required=True)

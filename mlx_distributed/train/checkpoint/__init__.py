@@ -8,11 +8,10 @@ removed, `.step-<8 digits>.old` is the former checkpoint of a step that is being
 from __future__ import annotations
 
 from mlx_distributed.train.checkpoint.manifest import CheckpointMeta
-from mlx_distributed.train.checkpoint.read import EVAL_LOSS, Checkpoint, best, locate, newest_valid, open_checkpoint
+from mlx_distributed.train.checkpoint.read import Checkpoint, best, locate, newest_valid, open_checkpoint
 from mlx_distributed.train.checkpoint.write import Checkpointer
 
 __all__ = [
-    "EVAL_LOSS",
     "Checkpoint",
     "CheckpointMeta",
     "Checkpointer",

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from mlx_distributed import __version__
@@ -49,6 +49,8 @@ class CheckpointMeta:
     metrics: Mapping[str, float]
     """Of an evaluation at this very step. Those that are not finite are not stored: JSON has no word for them."""
     program_version: str = __version__
+    evaluations: tuple[Mapping[str, float | None], ...] = ()
+    """What decides about early stopping, from `best.to_lines`: all evaluations so far."""
 
     def check_facts(self, facts: Mapping[str, str]) -> None:
         """Check that a run with these facts can go on from here.
@@ -139,6 +141,8 @@ def _file_entry(value: object, name: str) -> FileEntry:
 
 def _meta(value: object) -> CheckpointMeta:
     meta = CheckpointMeta(**_record(value, "meta", tuple(field.name for field in fields(CheckpointMeta))))
+    if isinstance(meta.evaluations, list):
+        meta = replace(meta, evaluations=tuple(meta.evaluations))
     right = {
         "step": _is_count(meta.step),
         "num_tokens": _is_count(meta.num_tokens),
@@ -148,6 +152,7 @@ def _meta(value: object) -> CheckpointMeta:
         "facts": isinstance(meta.facts, dict) and all(type(fact) is str for fact in meta.facts.values()),
         "metrics": isinstance(meta.metrics, dict) and all(map(_is_finite, meta.metrics.values())),
         "program_version": type(meta.program_version) is str,
+        "evaluations": isinstance(meta.evaluations, tuple) and all(map(_is_evaluation, meta.evaluations)),
     }
     if not all(right.values()):
         raise ValueError(f"has a value that cannot be right: {', '.join(name for name in right if not right[name])}")
@@ -161,6 +166,12 @@ def _is_count(value: object) -> bool:
 
 def _is_finite(value: object) -> bool:
     return type(value) is float and math.isfinite(value)
+
+
+def _is_evaluation(line: object) -> bool:
+    if not isinstance(line, dict) or not _is_count(line.get("step")):
+        return False
+    return all(value is None or _is_finite(value) for name, value in line.items() if name != "step")
 
 
 def _short(fact: str | None) -> str:

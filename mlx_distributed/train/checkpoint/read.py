@@ -17,6 +17,7 @@ import mlx.core as mx
 from mlx_distributed.comm.buckets import Arrays
 from mlx_distributed.errors import CheckpointError
 from mlx_distributed.parallel.adamw import MOMENTS
+from mlx_distributed.train.best import EVAL_LOSS, cost
 from mlx_distributed.train.checkpoint.manifest import FILES, CheckpointMeta, Manifest
 from mlx_distributed.train.checkpoint.segments import (
     COPY,
@@ -29,10 +30,8 @@ from mlx_distributed.train.checkpoint.segments import (
 )
 
 MANIFEST = "manifest.json"
-EVAL_LOSS = "eval/loss"
-"""The metric that tells which checkpoint is the best; lower is better."""
 
-_MAX_MANIFEST_BYTES = 1 << 20
+_MAX_MANIFEST_BYTES = 1 << 24
 _FOLDER = re.compile(r"step-([0-9]{8,19})|\.step-([0-9]{8,19})\.old")
 
 Notice = Callable[[str], None]
@@ -80,9 +79,13 @@ class Checkpoint:
 
     def each_parameter(self) -> Iterator[tuple[str, mx.array]]:
         """The parameters in the order of their names, one at a time and evaluated; see `load` for errors."""
-        arrays = self._with_stages(FILES[0], STAGE_PARAMETERS)
+        arrays = self.lazy_parameters()
         for name in sorted(arrays):
             yield name, self._read({name: arrays.pop(name)})[name]
+
+    def lazy_parameters(self) -> Arrays:
+        """The parameters, which are read when they are evaluated: the files have to be there until then."""
+        return self._with_stages(FILES[0], STAGE_PARAMETERS)
 
     def optimizer(self) -> Iterator[tuple[str, mx.array]]:
         """The arrays of the optimizer's state in the order of their names, one at a time, whole and evaluated, whether
@@ -179,14 +182,14 @@ def newest_valid(folder: Path, notice: Notice) -> Checkpoint | None:
     return next(_verified(readable(folder, notice), notice), None)
 
 
-def best(folder: Path, notice: Notice) -> Checkpoint | None:
-    """The whole checkpoint in `folder` with the lowest `EVAL_LOSS`, the first of equals; None where none was evaluated.
+def best(folder: Path, notice: Notice, metric: str = EVAL_LOSS) -> Checkpoint | None:
+    """The whole checkpoint in `folder` that is the best by `metric`, the first of equals; None where none has it.
 
     Raises:
         ConfigError: a newer program wrote one of them.
     """
-    evaluated = [checkpoint for checkpoint in readable(folder, notice) if EVAL_LOSS in checkpoint.meta.metrics]
-    evaluated.sort(key=lambda checkpoint: (checkpoint.meta.metrics[EVAL_LOSS], checkpoint.meta.step))
+    evaluated = [checkpoint for checkpoint in readable(folder, notice) if metric in checkpoint.meta.metrics]
+    evaluated.sort(key=lambda checkpoint: (cost(metric, checkpoint.meta.metrics[metric]), checkpoint.meta.step))
     return next(_verified(evaluated, notice), None)
 
 

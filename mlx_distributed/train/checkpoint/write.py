@@ -13,13 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlx.core as mx
-
 from mlx_distributed.comm.buckets import Arrays
 from mlx_distributed.errors import CheckpointError
+from mlx_distributed.models.tensor_file import Arriving, write_tensors
+from mlx_distributed.train.best import EVAL_LOSS, cost
 from mlx_distributed.train.checkpoint.manifest import FILES, CheckpointMeta, FileEntry, Manifest, rank_file
 from mlx_distributed.train.checkpoint.read import (
-    EVAL_LOSS,
     MANIFEST,
     Checkpoint,
     Notice,
@@ -31,16 +30,16 @@ from mlx_distributed.train.checkpoint.read import (
 )
 
 
-def retained(losses: Mapping[int, float | None], save_total_limit: int | None, keep_best: bool) -> set[int]:
+def retained(costs: Mapping[int, float | None], save_total_limit: int | None, keep_best: bool) -> set[int]:
     """The steps whose checkpoints stay: the newest `save_total_limit` (None: all), and the best one besides.
 
     Args:
-        losses: `EVAL_LOSS` by step, None where it was not measured.
+        costs: by step, of what was evaluated there (`best.cost`); None where nothing was.
         save_total_limit: at least 1.
-        keep_best: keep the step with the lowest loss, the first of equals.
+        keep_best: keep the step with the lowest cost, the first of equals.
     """
-    keep = set(losses) if save_total_limit is None else set(sorted(losses)[-save_total_limit:])
-    evaluated = [(loss, step) for step, loss in losses.items() if loss is not None]
+    keep = set(costs) if save_total_limit is None else set(sorted(costs)[-save_total_limit:])
+    evaluated = [(cost, step) for step, cost in costs.items() if cost is not None]
     return keep | ({min(evaluated)[1]} if keep_best and evaluated else set())
 
 
@@ -52,9 +51,11 @@ class Checkpointer:
     save_total_limit: int | None
     """Newest checkpoints to keep; None keeps all."""
     keep_best: bool
-    """Keep the one with the lowest `EVAL_LOSS` besides."""
+    """Keep the best one besides."""
     notice: Notice
     """Is told of torn and corrupted checkpoints that `find` passes over."""
+    metric: str = EVAL_LOSS
+    """By which one is the best."""
 
     def find(self, which: str) -> Checkpoint | None:
         """The verified checkpoint that `--resume` means by `auto` (newest, or none), `last`, `best`, or a path.
@@ -65,16 +66,20 @@ class Checkpointer:
         """
         if which not in ("auto", "last", "best"):
             return locate(Path(which), self.notice)
-        found = (best if which == "best" else newest_valid)(self.folder, self.notice)
+        if which == "best":
+            found = best(self.folder, self.notice, self.metric)
+        else:
+            found = newest_valid(self.folder, self.notice)
         if found is None and which != "auto":
             evaluated = "evaluated " if which == "best" else ""
             raise CheckpointError(f"--resume {which}: there is no whole {evaluated}checkpoint in {self.folder}")
         return found
 
     def best_metric(self) -> float | None:
-        """The lowest `EVAL_LOSS` that was saved; None where none was measured."""
-        metrics = [checkpoint.meta.metrics for checkpoint in readable(self.folder, _ignore)]
-        return min((metrics[EVAL_LOSS] for metrics in metrics if EVAL_LOSS in metrics), default=None)
+        """The best `metric` that was saved; None where none was measured."""
+        saved = [checkpoint.meta.metrics for checkpoint in readable(self.folder, _ignore)]
+        values = [metrics[self.metric] for metrics in saved if self.metric in metrics]
+        return min(values, key=lambda value: cost(self.metric, value), default=None)
 
     def set_aside_after(self, step: int) -> None:
         """Rename the checkpoints of later steps, so that a run that goes back to `step` does not meet them again."""
@@ -90,7 +95,7 @@ class Checkpointer:
         parameters: Arrays,
         optimizer: Arrays,
         meta: CheckpointMeta,
-        of_ranks: Sequence[Callable[[], Arrays]] = (),
+        of_ranks: Sequence[Callable[[], Arrays | Arriving]] = (),
     ) -> Path:
         """Write a checkpoint, which is on disk when this returns, and then remove those that need not be kept.
 
@@ -151,8 +156,9 @@ class Checkpointer:
     def _remove_old(self, saved_step: int) -> None:
         """Remove what need not be kept, the oldest first; never what cannot be read."""
         found = {checkpoint.meta.step: checkpoint for checkpoint in readable(self.folder, _ignore)}
-        losses = {step: checkpoint.meta.metrics.get(EVAL_LOSS) for step, checkpoint in found.items()}
-        keep = retained(losses, self.save_total_limit, self.keep_best) | {saved_step}
+        values = {step: checkpoint.meta.metrics.get(self.metric) for step, checkpoint in found.items()}
+        costs = {step: None if value is None else cost(self.metric, value) for step, value in values.items()}
+        keep = retained(costs, self.save_total_limit, self.keep_best) | {saved_step}
         for step in sorted(found.keys() - keep):
             aside = self._hidden(step, "tmp")  # Half removed under its own name, it would look torn.
             found[step].folder.rename(aside)
@@ -183,7 +189,7 @@ class _HashingWriter(io.BufferedWriter):
         return super().write(data)
 
 
-def _write(folder: Path, files: Mapping[str, Callable[[], Arrays]], meta: CheckpointMeta) -> None:
+def _write(folder: Path, files: Mapping[str, Callable[[], Arrays | Arriving]], meta: CheckpointMeta) -> None:
     """Make the folder of a checkpoint, the manifest last, everything on disk."""
     if not folder.parent.exists():
         folder.parent.mkdir(parents=True)
@@ -197,10 +203,10 @@ def _write(folder: Path, files: Mapping[str, Callable[[], Arrays]], meta: Checkp
     _sync_folder(folder)
 
 
-def _write_arrays(path: Path, arrays: Arrays) -> FileEntry:
-    # Given a path, MLX raises the same RuntimeError for every fault; through a Python file the OSError comes out.
+def _write_arrays(path: Path, arrays: Arrays | Arriving) -> FileEntry:
+    given = arrays if isinstance(arrays, Arriving) else Arriving(arrays, arrays.values())
     with _HashingWriter(path) as file:
-        mx.save_safetensors(file, arrays, metadata={"format": "mlx"})
+        write_tensors(file, given)
         file.flush()
         _sync(file.fileno())
         return FileEntry(file.tell(), file.sha256.hexdigest())

@@ -12,7 +12,14 @@ import pytest
 import yaml
 from support import CONFIG, Run, write_rows
 
-from mlx_distributed.cli.local import OPENBLAS_HINT, LocalGroup, Worker, find_openblas, worker_environment
+from mlx_distributed.cli.local import (
+    OPENBLAS_HINT,
+    LocalGroup,
+    Worker,
+    find_openblas,
+    worker_environment,
+    worker_jobs,
+)
 
 DEFAULTS = {
     "OPENBLAS_NUM_THREADS": "1",
@@ -58,8 +65,8 @@ def write_config(folder: Path) -> Path:
 
 
 def make_jobs(config_file: Path, num_workers: int) -> list[dict[str, Any]]:
-    job = {"config_file": str(config_file), "secret": "s", "run_id": "r", "wandb_id": "w", "resume": None}
-    return [job | {"rank": rank} for rank in range(num_workers)]
+    job = {"config_file": str(config_file), "run_id": "r", "wandb_id": "w", "resume": None}
+    return worker_jobs(job | {"eval_only": False}, num_workers, "s")
 
 
 def run_group(folder: Path, jobs: list[dict[str, Any]], **env: str) -> int:

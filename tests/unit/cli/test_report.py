@@ -16,7 +16,7 @@ PROMPT = 'What\'s "1 + 1"?\nSay $it.'
 
 def test_a_line_of_metrics() -> None:
     times = {"step_s": 0.5, "comm_s": 0.2, "comm_exposed_s": 0.1}
-    info = StepInfo(12, 1.5, 300, 2e-4, 0.75, **times, sent_bytes=7, stop_requested=False)
+    info = StepInfo(12, 1.5, 300, 2e-4, 0.75, **times, sent_bytes=7, stop_requested=False, data_s=0.01)
     metrics = step_metrics(info)
     assert metrics.pop("perf/peak_memory_bytes") >= 0
     assert metrics == {
@@ -26,6 +26,7 @@ def test_a_line_of_metrics() -> None:
         "train/grad_norm": 0.75,
         "perf/tokens_per_s": 600.0,
         "perf/step_s": 0.5,
+        "perf/data_s": 0.01,
         "perf/comm_s": 0.2,
         "perf/comm_exposed_s": 0.1,
         "perf/sent_bytes": 7,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ GOOD = replace(
     model=ModelConfig(path="org/model"),
     data=replace(Config().data, train=(SourceConfig(path="org/rows"),)),
 )
+STREAMING = {"data__streaming": True, "train__max_steps": 9}
 ELASTIC = {"elastic__enabled": True}
 
 
@@ -34,6 +36,12 @@ def pipeline(num_stages: int, **changes: Any) -> dict[str, Any]:
     """A run on one copy of a model that is cut into stages."""
     settings = PipelineConfig(num_stages=num_stages, **changes)
     return {"parallel__pipeline": settings, "parallel__nproc": num_stages}
+
+
+def machines(num_workers: int | None, **changes: Any) -> dict[str, Any]:
+    """A run with workers on other machines too."""
+    settings: dict[str, Any] = {"nproc": 1, "listen": "10.0.0.7:4000", "num_workers": num_workers} | changes
+    return {f"parallel__{key}": value for key, value in settings.items()}
 
 
 def diloco(**changes: Any) -> dict[str, Any]:
@@ -90,6 +98,16 @@ def diloco(**changes: Any) -> dict[str, Any]:
             "data.validation.0.roles.bot",
             "use system, user, assistant, tool or function_call",
         ),
+        ({"data__shuffle_buffer": 9}, "data.shuffle_buffer", "only means something with data.streaming=true"),
+        ({"data__cache_dir": Path("a")}, "data.cache_dir", "only means something with data.streaming=true"),
+        ({"data__streaming": True}, "train.max_steps", "must be set with data.streaming"),
+        (STREAMING | {"data__val_fraction": 0.1}, "data.val_fraction", "rows of their own in data.validation"),
+        (STREAMING | {"data__shuffle_buffer": 7}, "data.shuffle_buffer", "a step, train.global_batch_size=8, at least"),
+        (
+            STREAMING | {"data__train": (SourceConfig(path="a", weight=1e-5), SourceConfig(path="b"))},
+            "data.train.0.weight",
+            "too small a share for data.shuffle_buffer=10000",
+        ),
         ({"data__val_fraction": 1.0}, "data.val_fraction", "at least 0 and below 1"),
         (
             {"data__val_fraction": 0.1, "data__validation": (SourceConfig(path="a"),)},
@@ -104,6 +122,17 @@ def diloco(**changes: Any) -> dict[str, Any]:
             "divide train.global_batch_size=8; use 1, 2, 4 or 8",
         ),
         ({"train__micro_batch_size": 0}, "train.micro_batch_size", "at least 1"),
+        ({"train__micro_batch_tokens": 0}, "train.micro_batch_tokens", "at least 1; leave it out if it is not wanted"),
+        (
+            {"train__micro_batch_tokens": 1023, "data__max_seq_length": 1020},
+            "train.micro_batch_tokens",
+            "a row of data.max_seq_length=1020 tokens would not fit; use 1024 or more, or shorter rows",
+        ),
+        (
+            {"train__micro_batch_tokens": 4096, "train__micro_batch_size": 2},
+            "train.micro_batch_tokens",
+            "cannot stand beside train.micro_batch_size=2; remove one of the two",
+        ),
         ({"train__global_batch_size": 0}, "train.global_batch_size", "at least 1"),
         ({"train__epochs": 0.0}, "train.epochs", "above 0; the default is 1.0"),
         ({"train__max_steps": 0}, "train.max_steps", "at least 1"),
@@ -128,7 +157,7 @@ def diloco(**changes: Any) -> dict[str, Any]:
             "only 2 micro-batches (train.global_batch_size=8 / train.micro_batch_size=4), so a worker would have "
             "nothing to do; use 2 or less, or train.micro_batch_size=2 or less",
         ),
-        ({"parallel__nproc": 9}, "parallel.nproc", "use 2 or less, or train.global_batch_size=9 or more"),
+        ({"parallel__nproc": 9}, "parallel.nproc", "use 2 or less, or train.global_batch_size=36 or more"),
         ({"parallel__share": (1.0, 2.0)}, "parallel.share", "2 weights for parallel.nproc=1; give 1, or even"),
         ({"parallel__nproc": 2, "parallel__share": (-1.0, 2.0)}, "parallel.share", "must be above 0"),
         ({"parallel__nproc": 2, "parallel__share": (0.0, 3.0)}, "parallel.share", "start fewer workers"),
@@ -207,7 +236,7 @@ def diloco(**changes: Any) -> dict[str, Any]:
         (pipeline(2, split=(1, 2, 3)), "parallel.pipeline.split", "each of the 2 stages"),
         (pipeline(2) | {"parallel__nproc": 3}, "parallel.nproc", "of the model; use --nproc 4"),
         (pipeline(2) | {"parallel__share": (1.0, 1.0)}, "parallel.share", "for parallel.nproc=2; give 1, or even"),
-        (pipeline(2) | {"parallel__bandwidth": (1.0, 1.0)}, "parallel.bandwidth", "on one machine; use even"),
+        (pipeline(2) | {"parallel__bandwidth": (1.0, 1.0)}, "parallel.bandwidth", "slices of their own; use even"),
         (pipeline(2) | {"parallel__wire": "int8"}, "parallel.wire", "what rounding leaves out would"),
         (pipeline(2) | {"optimizer__shard": True}, "optimizer.shard", "its part of the moments anyway; use false"),
         (pipeline(2) | {"parallel__sync": "delayed"}, "parallel.sync", "agree in every step; use step"),
@@ -215,6 +244,19 @@ def diloco(**changes: Any) -> dict[str, Any]:
         (ELASTIC | diloco(overlap_steps=1), "parallel.diloco.overlap_steps", "is of one group; use 0"),
         (ELASTIC | {"parallel__bandwidth": (1.0,)}, "parallel.bandwidth", "weights fit nobody; use even"),
         (ELASTIC | {"parallel__share": (1.0,)}, "parallel.share", "weights fit nobody; use even or speed"),
+        (machines(1, nproc=2), "parallel.num_workers", "on all machines, and parallel.nproc=2 are on this one"),
+        (machines(2, listen=None), "parallel.num_workers", "leaves 1 for other machines: set parallel.listen to"),
+        (machines(2, listen="10.0.0.7"), "parallel.listen", "such as 192.168.1.20:4000"),
+        (machines(None), "parallel.listen", "needs parallel.num_workers, to know how many are to come"),
+        (machines(2) | ELASTIC, "parallel.num_workers", "workers come and go; leave it out"),
+        (machines(2, backend="native"), "parallel.num_workers", "cannot stand beside parallel.backend=native"),
+        (machines(0), "parallel.num_workers", "at least 1; leave it out"),
+        (machines(3, pipeline=PipelineConfig(num_stages=2)), "parallel.num_workers", "of the model; use 4"),
+        (machines(9), "parallel.num_workers", "a step has only 2 micro-batches"),
+        (machines(2, share=(1.0,)), "parallel.share", "has 1 weights for parallel.num_workers=2; give 2, or even"),
+        (pipeline(2, speeds=(1.0,)), "parallel.pipeline.speeds", "for parallel.nproc=2; give 2, or auto"),
+        (pipeline(2, speeds=(1.0, 0.0)), "parallel.pipeline.speeds", "weights must be above 0"),
+        (pipeline(2, schedule="auto", chunks=2), "parallel.pipeline.chunks", "schedule=interleaved; set that"),
         ({"parallel__timeout_s": 0.0}, "parallel.timeout_s", "above 0; the default is 300.0"),
         ({"parallel__port": 80}, "parallel.port", "0 (free ports are taken) or from 1024 to 65534"),
         ({"parallel__port": 65534, "parallel__nproc": 2}, "parallel.port", "to 65533"),
@@ -227,6 +269,8 @@ def diloco(**changes: Any) -> dict[str, Any]:
         ({"checkpoint__save_total_limit": 0}, "checkpoint.save_total_limit", "at least 1"),
         ({"logging__steps": 0}, "logging.steps", "at least 1"),
         ({"wandb__log_checkpoints": True}, "wandb.log_checkpoints", "needs wandb.project"),
+        ({"wandb__log_final": True}, "wandb.log_final", "needs wandb.project"),
+        ({"wandb__system_metrics": True}, "wandb.system_metrics", "needs wandb.project"),
         ({"seed": -1}, "seed", "from 0 to 4294967295"),
     ],
 )
@@ -262,6 +306,7 @@ def test_broken_rule(changes: dict[str, Any], key: str, words: str) -> None:
         {"parallel__backend": "native", "parallel__diloco": DilocoConfig(sync_every=2, fragments=4)},  # not in use
         {"checkpoint__steps": None, "checkpoint__save_total_limit": None, "checkpoint__keep_best": True},
         {"wandb__project": "p", "wandb__log_checkpoints": True, "scheduler__warmup_ratio": 0.0},
+        {"train__micro_batch_tokens": 2048, "train__global_batch_size": 7, "parallel__nproc": 3},
     ],
 )
 def test_kept_rules(changes: dict[str, Any]) -> None:

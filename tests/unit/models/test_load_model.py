@@ -12,8 +12,16 @@ from mlx.utils import tree_flatten
 
 from mlx_distributed.config.schema import LoraConfig, ModelConfig
 from mlx_distributed.errors import ConfigError
-from mlx_distributed.models import build_scratch, load, prepare, train_tokenizer, trainable, wrap_tokenizer
-from mlx_distributed.models.upstream import save_config, save_model
+from mlx_distributed.models import (
+    build_scratch,
+    load,
+    prepare,
+    read_tokenizer,
+    train_tokenizer,
+    trainable,
+    wrap_tokenizer,
+)
+from mlx_distributed.models.upstream import save_config
 from mlx_distributed.testing import SENTENCES, tiny_model
 
 TOKENS = mx.arange(24).reshape(2, 12)
@@ -30,7 +38,7 @@ def edit_config(folder: Path, **changes: object) -> None:
 
 
 def quantised(folder: Path, target: Path, bits: int) -> Path:
-    from mlx_lm.utils import quantize_model  # after `models.upstream`, which keeps the process as it is
+    from mlx_lm.utils import quantize_model, save_model  # after `models.upstream`, which keeps the process as it is
 
     shutil.copytree(folder, target)
     model, _, config = load(ModelConfig(path=str(folder)))
@@ -183,3 +191,21 @@ def test_code_of_a_model_runs_only_where_it_is_trusted(copy: Path) -> None:
         load(ModelConfig(path=str(copy)))
     model, _, _ = load(ModelConfig(path=str(copy), trust_remote_code=True))
     assert len(model.layers) == 2
+
+
+def test_a_tokenizer_without_its_model(copy: Path) -> None:
+    _, expected, _ = load(ModelConfig(path=str(copy)))
+    for weights in copy.glob("model*"):
+        weights.unlink()
+    tokenizer = read_tokenizer(ModelConfig(path=str(copy)))
+    assert tokenizer.encode("a <|im_end|>") == expected.encode("a <|im_end|>")
+    assert tokenizer.chat_template == expected.chat_template
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text"])
+def test_a_folder_without_a_tokenizer_is_refused(copy: Path, model_type: str) -> None:
+    for file in copy.glob("tokenizer*"):
+        file.unlink()
+    edit_config(copy, model_type=model_type)
+    with pytest.raises(ConfigError, match="has no tokenizer"):
+        read_tokenizer(ModelConfig(path=str(copy)))

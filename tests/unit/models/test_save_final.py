@@ -12,8 +12,8 @@ from mlx.utils import tree_map
 
 from mlx_distributed.config.schema import LoraConfig, ModelConfig
 from mlx_distributed.errors import CheckpointError
-from mlx_distributed.models import Method, checkpoint_layers, load, prepare, save_final
-from mlx_distributed.models.upstream import load_folder
+from mlx_distributed.models import Method, checkpoint_layers, load, prepare, save, save_final, trainable
+from mlx_distributed.models.upstream import load_folder, make_shards
 from mlx_distributed.testing import tiny_model
 
 TOKENS = mx.arange(24).reshape(2, 12)
@@ -43,6 +43,37 @@ def test_a_full_model_loads_unchanged_in_mlx_lm(tmp_path: Path, model_type: str,
     assert tokenizer.decode(tokenizer.encode("Write 324 in words.")) == "Write 324 in words."
     assert tokenizer.has_chat_template
     assert tokenizer.eos_token_ids == {2}
+
+
+def test_files_are_those_that_mlx_lm_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the order of the arrays in them."""
+    from mlx_lm.utils import save_model
+
+    monkeypatch.setattr(save, "make_shards", lambda weights: make_shards(weights, 0))  # one array each
+    model = train_and_save(tiny_model(tmp_path / "base"), tmp_path / "final", "full", LoraConfig())
+    loaded, _ = load_folder(str(tmp_path / "final"))
+    assert mx.array_equal(loaded(TOKENS), model(TOKENS))
+    monkeypatch.setattr("mlx_lm.utils.make_shards", lambda weights: make_shards(weights, 0))
+    save_model(tmp_path / "theirs", model)
+    names = [sorted(path.name for path in (tmp_path / name).glob("model*")) for name in ("final", "theirs")]
+    assert names[0] == names[1]
+    index, theirs = (
+        json.loads((tmp_path / name / "model.safetensors.index.json").read_text()) for name in ("final", "theirs")
+    )
+    assert index["metadata"] == theirs["metadata"]
+    assert index["weight_map"].keys() == theirs["weight_map"].keys()
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_what_is_trained_may_come_one_by_one(tmp_path: Path, method: Method) -> None:
+    source, folder = ModelConfig(path=str(tiny_model(tmp_path / "base"))), tmp_path / "final"
+    whole = train_and_save(Path(str(source.path)), tmp_path / "whole", method, LoraConfig())
+    model, tokenizer, config = load(source, lazy=True)
+    prepare(model, method, LoraConfig(), 0, lazy=True)
+    arrays = iter(trainable(whole).values())
+    save_final(folder, model, tokenizer, config, source=source, method=method, lora=LoraConfig(), trained=arrays)
+    for file in (tmp_path / "whole").iterdir():
+        assert (folder / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,14 @@ def test_a_line_for_each_logged_step_where_there_is_no_terminal() -> None:
     ]
 
 
+def test_an_evaluation_takes_a_line_with_its_intervals() -> None:
+    stream = io.StringIO()
+    tracker = ConsoleTracker(300, stream)
+    tracker.log({"eval/loss": 1.25, "eval/bleu": 41.234, "eval/bleu_low": 38.7, "eval/bleu_high": 43.91}, 40)
+    tracker.samples([{"row": 0, "generated": "nine"}], 40)
+    assert stream.getvalue() == "step 40/300  eval loss 1.25  bleu 41.23 [38.7, 43.91]\n"
+
+
 def test_the_eta_follows_the_pace_of_late() -> None:
     stream = io.StringIO()
     times = [1000.0 * step for step in range(100)] + [99_000.0 + step for step in range(1, 101)]

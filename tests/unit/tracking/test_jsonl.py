@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -112,4 +113,50 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     tracker = JsonlTracker(tmp_path / "m.jsonl")
     with pytest.raises(TrainingError, match=r"step 5 .*m\.jsonl \(No space left on device\).*--resume"):
         tracker.log({"train/loss": 1.0}, 5)
+    tracker.finish(1)
+
+
+# Generated answers.
+
+
+def answers(step: int) -> list[dict[str, Any]]:
+    return [{"row": row, "generated": f"{row} at {step}", "eval/bleu": math.nan} for row in range(2)]
+
+
+def lines_of(folder: Path) -> list[tuple[int, str]]:
+    lines = (folder / "samples.jsonl").read_text().splitlines()
+    return [(line["step"], line["generated"]) for line in map(json.loads, lines)]
+
+
+@pytest.mark.parametrize(("known", "kept"), [((), [1]), (("eval/bleu",), [1, 2]), (None, [1, 2])])
+def test_answers_are_resumed_with_their_metrics(tmp_path: Path, known: tuple[str, ...] | None, kept: list[int]) -> None:
+    first = JsonlTracker(tmp_path / "metrics.jsonl")
+    assert not (tmp_path / "samples.jsonl").exists()
+    for step in (1, 2, 3):
+        first.samples(answers(step), step)
+    with (tmp_path / "samples.jsonl").open("a") as file:
+        file.write('{"step": 1')
+    first.finish(130)
+    second = JsonlTracker(tmp_path / "metrics.jsonl", 2, known)
+    for step in {2, 3} - set(kept):
+        second.samples(answers(step), step)
+    assert lines_of(tmp_path) == [(step, f"{row} at {step}") for step in (1, 2, 3) for row in range(2)]
+    second.rewind(1)
+    second.finish(0)
+    assert lines_of(tmp_path) == [(1, "0 at 1"), (1, "1 at 1")]
+    assert '"eval/bleu": null' in (tmp_path / "samples.jsonl").read_text()
+
+
+def test_a_new_run_has_no_answers_of_another(tmp_path: Path) -> None:
+    (tmp_path / "samples.jsonl").write_text('{"step": 1}\n')
+    JsonlTracker(tmp_path / "metrics.jsonl").finish(0)
+    assert not (tmp_path / "samples.jsonl").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the disk that is always full is Linux's")
+def test_a_disk_that_is_too_full_for_answers_is_named(tmp_path: Path) -> None:
+    tracker = JsonlTracker(tmp_path / "metrics.jsonl")
+    (tmp_path / "samples.jsonl").symlink_to("/dev/full")
+    with pytest.raises(TrainingError, match=r"answers of step 5 .*samples\.jsonl \(No space left on device\)"):
+        tracker.samples(answers(5), 5)
     tracker.finish(1)

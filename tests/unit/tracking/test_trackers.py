@@ -6,6 +6,7 @@ import re
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,14 +24,23 @@ class Notes:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self.calls.append((self.name, "log", dict(metrics), step))
 
+    def samples(self, records: Sequence[Mapping[str, Any]], step: int) -> None:
+        self.calls.append((self.name, "samples", list(records), step))
+
     def rewind(self, step: int) -> None:
         self.calls.append((self.name, "rewind", step))
 
     def message(self, text: str) -> None:
         self.calls.append((self.name, "message", text))
 
+    def inputs(self, data: Mapping[str, Any]) -> None:
+        self.calls.append((self.name, "inputs", dict(data)))
+
     def checkpoint(self, folder: Path, step: int, aliases: Sequence[str]) -> None:
         self.calls.append((self.name, "checkpoint", folder, step, tuple(aliases)))
+
+    def final(self, folder: Path, step: int, metrics: Mapping[str, float]) -> None:
+        self.calls.append((self.name, "final", folder, step, dict(metrics)))
 
     def finish(self, exit_status: int) -> None:
         self.calls.append((self.name, "finish", exit_status))
@@ -42,6 +52,7 @@ def test_everything_goes_to_all_in_order() -> None:
     calls: list[tuple[object, ...]] = []
     both: Tracker = Trackers([Notes("a", calls), Notes("b", calls)])
     both.log({"train/loss": 1.0}, 1)
+    both.samples([{"row": 0}], 1)
     both.rewind(0)
     both.message("hello")
     both.checkpoint(Path("c"), 1, ["latest"])
@@ -50,6 +61,8 @@ def test_everything_goes_to_all_in_order() -> None:
     assert calls == [
         ("a", "log", {"train/loss": 1.0}, 1),
         ("b", "log", {"train/loss": 1.0}, 1),
+        ("a", "samples", [{"row": 0}], 1),
+        ("b", "samples", [{"row": 0}], 1),
         ("a", "rewind", 0),
         ("b", "rewind", 0),
         ("a", "message", "hello"),

@@ -16,7 +16,7 @@ from mlx_distributed.comm.base import Communicator, LocalComm
 from mlx_distributed.comm.buckets import Arrays
 from mlx_distributed.config import Config
 from mlx_distributed.config.schema import DilocoConfig
-from mlx_distributed.data.tokenize import collate
+from mlx_distributed.data.batch import collate
 from mlx_distributed.parallel.adamw import DistributedAdamW, decaying
 from mlx_distributed.parallel.data import rank_weights, share
 from mlx_distributed.parallel.mesh import Mesh
@@ -61,7 +61,7 @@ def make_trainer(config: Config, stop_requested: Callable[[], bool] = lambda: Fa
 
 
 def timeless(info: StepInfo) -> StepInfo:
-    return replace(info, step_s=0.0, comm_s=0.0, comm_exposed_s=0.0, sent_bytes=0)
+    return replace(info, step_s=0.0, data_s=0.0, comm_s=0.0, comm_exposed_s=0.0, sent_bytes=0)
 
 
 def run(state: TrainState, comm: Communicator, config: Config) -> tuple[list[StepInfo], dict[str, str]]:
@@ -120,12 +120,14 @@ class Textbook:
         self.model.update(tree_unflatten(list(worker.parameters.items())))
         num_tokens, sums = 0, Arrays()
         for batch in microbatches:
-            tokens, loss_mask = collate([self.rows[row] for row in batch])
-            loss, found = nn.value_and_grad(self.model, summed_loss)(self.model, mx.array(tokens), mx.array(loss_mask))
+            arrays = collate([self.rows[row] for row in batch])
+            loss, found = nn.value_and_grad(self.model, summed_loss)(
+                self.model, mx.array(arrays.tokens), mx.array(arrays.loss_mask)
+            )
             for name, gradient in dict(tree_flatten(found)).items():
                 sums[name] = sums[name] + gradient if name in sums else gradient
             told.loss += float(loss)
-            num_tokens += int(loss_mask[:, 1:].sum())
+            num_tokens += arrays.num_labels
         norm = math.sqrt(sum(float(mx.square(gradient).sum()) for gradient in sums.values())) / num_tokens
         told.grad_norm = max(told.grad_norm, norm)
         told.num_tokens += num_tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -16,7 +17,7 @@ from mlx_distributed.comm.base import Communicator
 from mlx_distributed.config import Config
 from mlx_distributed.config.schema import LoraConfig, ModelConfig
 from mlx_distributed.data.tokenize import Row
-from mlx_distributed.models import load, prepare
+from mlx_distributed.models import add_noise, checkpoint_layers, compute_in, isolate, load, prepare
 from mlx_distributed.parallel.mesh import Mesh
 from mlx_distributed.testing import tiny_model
 from mlx_distributed.train.phases import Phases
@@ -45,6 +46,9 @@ def make_rows(num_rows: int = 21) -> list[Row]:
 
 def staged(num_stages: int, method: str = "full", **pipeline: object) -> Config:
     settings = replace(CONFIG.parallel.pipeline, num_stages=num_stages, **pipeline)  # type: ignore[arg-type]
+    if settings.split == "auto":
+        edges = [NUM_LAYERS * i // (num_stages * settings.chunks) for i in range(num_stages * settings.chunks + 1)]
+        settings = replace(settings, split=tuple(stop - start for start, stop in pairwise(edges)))
     return replace(CONFIG, method=method, parallel=replace(CONFIG.parallel, pipeline=settings))  # type: ignore[arg-type]
 
 
@@ -54,10 +58,20 @@ def make_run(
     """One rank of a run: its part of the model, and what trains it."""
     mesh = make_mesh(config, comm, "run-of-a-test")
     lora = replace(config.lora, rank=4, dropout=0.1) if config.method == "lora" else LoraConfig()
-    model, _, _ = load(ModelConfig(path=str(model_folder(tied))), lazy=True)
+    model, _, _ = load(replace(config, model=ModelConfig(path=str(model_folder(tied)))).base, lazy=True)
     prepare(model, config.method, lora, config.seed, lazy=True)
-    cut = cut_into_stages(model, config, mesh.pp) if config.parallel.pipeline.num_stages > 1 else None
+    compute_in(model, config.precision)
+    settings = config.parallel.pipeline
+    cut = cut_into_stages(model, config, settings, mesh.pp) if settings.num_stages > 1 else None
+    parts = [model] if cut is None else [*cut.pipeline.stages.values()]
     model = model if cut is None else cut.model
+    for part in parts:
+        if config.data.packing:
+            isolate(part)
+        if config.train.neftune_noise_alpha is not None:
+            add_noise(part, config.train.neftune_noise_alpha)
+        if config.train.gradient_checkpointing:
+            checkpoint_layers(part)
     model.train()
     mx.eval(model.state if cut is None else model.parameters())
     state = init_state(model, config, comm)

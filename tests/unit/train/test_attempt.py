@@ -30,7 +30,7 @@ def phases() -> Phases:
 
 
 def timeless(info: StepInfo) -> StepInfo:
-    return replace(info, step_s=0.0, comm_s=0.0, comm_exposed_s=0.0, sent_bytes=0)
+    return replace(info, step_s=0.0, data_s=0.0, comm_s=0.0, comm_exposed_s=0.0, sent_bytes=0)
 
 
 def undisturbed(dropout: float) -> tuple[StepInfo, dict[str, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_distributed.errors import CheckpointError
+from mlx_distributed.train.best import from_lines, to_lines
 from mlx_distributed.train.checkpoint import best, locate, newest_valid, open_checkpoint
 from mlx_distributed.train.checkpoint.write import retained
 from mlx_distributed.train.state import digest
@@ -195,3 +198,23 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"step 1 could not be saved in .*file/checkpoints: Not a directory"):
         save(tmp_path / "file" / "checkpoints", 1)
+
+
+def test_evaluations_go_with_a_checkpoint(tmp_path: Path) -> None:
+    evaluations = {10: 2.5, 20: math.inf, 30: 1.5}
+    folder = save(tmp_path, 30, evaluations=to_lines("eval/loss", evaluations))
+    lines = open_checkpoint(folder).meta.evaluations
+    assert lines == ({"step": 10, "eval/loss": 2.5}, {"step": 20, "eval/loss": None}, {"step": 30, "eval/loss": 1.5})
+    assert from_lines("eval/loss", lines).keys() == evaluations.keys()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{}, None, [1], [{"eval/loss": 1.0}], [{"step": -1}], [{"step": 1, "eval/loss": "x"}]]
+)
+def test_evaluations_that_cannot_be_right_are_refused(tmp_path: Path, wrong: object) -> None:
+    folder = save(tmp_path, 1)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["meta"]["evaluations"] = wrong
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="a value that cannot be right: evaluations"):
+        open_checkpoint(folder)

@@ -75,7 +75,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "binary manifest": (manifest_text(bytes(range(256))), "is not JSON"),
     "deep manifest": (manifest_text("[" * 100_000), "is not JSON"),
     "long number": (manifest_text("9" * 100_000), "is not JSON"),
-    "large manifest": (manifest_text(" " * (2 << 20)), "more than 1048576 bytes"),
+    "large manifest": (manifest_text(" " * (17 << 20)), "more than 16777216 bytes"),
     "list": (manifest_text("[1]"), "no schema version"),
     "no schema": (in_manifest("schema_version", ...), "no schema version"),
     "schema 0": (in_manifest("schema_version", 0), "no schema version"),

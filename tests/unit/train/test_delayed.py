@@ -28,7 +28,7 @@ from train_samples import (
 from mlx_distributed.comm.base import Communicator, LocalComm
 from mlx_distributed.comm.buckets import Arrays
 from mlx_distributed.config import Config
-from mlx_distributed.data.tokenize import collate
+from mlx_distributed.data.batch import collate
 from mlx_distributed.errors import CommError, TrainingError
 from mlx_distributed.parallel.adamw import STEP, DistributedAdamW, decaying
 from mlx_distributed.parallel.mesh import Mesh
@@ -49,7 +49,7 @@ def delayed(strength: float = 0.0, **changes: Any) -> Config:
 
 
 def timeless(info: StepInfo) -> StepInfo:
-    return replace(info, step_s=0.0, comm_s=0.0, comm_exposed_s=0.0, sent_bytes=0)
+    return replace(info, step_s=0.0, data_s=0.0, comm_s=0.0, comm_exposed_s=0.0, sent_bytes=0)
 
 
 def run(state: TrainState, comm: Communicator, config: Config) -> Result:
@@ -71,11 +71,13 @@ def gradient_of(model: nn.Module, step: int) -> tuple[float, int, Arrays]:
     """Summed loss, label tokens and summed gradient of a step of the plan."""
     rows, loss, num_tokens, sums = make_rows(), 0.0, 0, Arrays()
     for batch in make_plan(rows).microbatches(step):
-        tokens, loss_mask = collate([rows[row] for row in batch])
-        value, gradients = nn.value_and_grad(model, summed_loss)(model, mx.array(tokens), mx.array(loss_mask))
+        arrays = collate([rows[row] for row in batch])
+        value, gradients = nn.value_and_grad(model, summed_loss)(
+            model, mx.array(arrays.tokens), mx.array(arrays.loss_mask)
+        )
         for name, gradient in dict(tree_flatten(gradients)).items():
             sums[name] = sums[name] + gradient if name in sums else gradient
-        loss, num_tokens = loss + float(value), num_tokens + int(loss_mask[:, 1:].sum())
+        loss, num_tokens = loss + float(value), num_tokens + arrays.num_labels
     return loss, num_tokens, sums
 
 

@@ -12,13 +12,14 @@ from train_samples import TinyModel, make_rows
 
 from mlx_distributed.comm.buckets import BLOCK
 from mlx_distributed.comm.reduction import slices
-from mlx_distributed.data.tokenize import Row, collate
+from mlx_distributed.data.batch import collate
+from mlx_distributed.data.tokenize import Row
 from mlx_distributed.train.loss import block_sums, global_norm, summed_loss
 
 
 def arrays(rows: list[Row]) -> tuple[mx.array, mx.array]:
-    tokens, loss_mask = collate(rows)
-    return mx.array(tokens), mx.array(loss_mask)
+    batch = collate(rows)
+    return mx.array(batch.tokens), mx.array(batch.loss_mask)
 
 
 def by_hand(model: nn.Module, rows: list[Row]) -> float:

@@ -61,7 +61,7 @@ def make_save(folder: Path, comm: Communicator, state: TrainState, config: Confi
 
 
 def timeless(info: StepInfo) -> StepInfo:
-    return replace(info, step_s=0.0, comm_s=0.0, comm_exposed_s=0.0, sent_bytes=0)
+    return replace(info, step_s=0.0, data_s=0.0, comm_s=0.0, comm_exposed_s=0.0, sent_bytes=0)
 
 
 def run(comm: Communicator, folder: Path, config: Config, dropout: float = 0.0) -> list[StepInfo]:

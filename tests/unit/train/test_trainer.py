@@ -12,7 +12,7 @@ from train_samples import CONFIG, NUM_ROWS, NUM_STEPS, TinyModel, make_rows, mak
 
 from mlx_distributed.comm.base import Communicator, LocalComm
 from mlx_distributed.config import Config
-from mlx_distributed.data.tokenize import collate
+from mlx_distributed.data.batch import collate
 from mlx_distributed.errors import CommError, TrainingError
 from mlx_distributed.parallel.mesh import Mesh
 from mlx_distributed.testing import run_ranks
@@ -30,7 +30,7 @@ Result = tuple[list[StepInfo], dict[str, str]]
 
 def timeless(info: StepInfo) -> StepInfo:
     """What must be equal on every rank and in every run."""
-    return replace(info, step_s=0.0, comm_s=0.0, comm_exposed_s=0.0, sent_bytes=0)
+    return replace(info, step_s=0.0, data_s=0.0, comm_s=0.0, comm_exposed_s=0.0, sent_bytes=0)
 
 
 def run(state: TrainState, comm: Communicator, config: Config = CONFIG) -> Result:
@@ -53,7 +53,8 @@ def test_a_step_is_told_as_it_was() -> None:
     for step in range(NUM_STEPS):
         rows = [trainer.phases.rows[row] for batch in trainer.phases.plan.microbatches(step) for row in batch]
         num_tokens = int(sum(row.loss_mask.sum() for row in rows))
-        loss = summed_loss(state.model, *map(mx.array, collate(rows))).item() / num_tokens
+        batch = collate(rows)
+        loss = summed_loss(state.model, mx.array(batch.tokens), mx.array(batch.loss_mask)).item() / num_tokens
         before = state.num_tokens
         info = trainer.train_step(state, ALONE)
         assert info.loss == pytest.approx(loss, rel=1e-5)
@@ -194,11 +195,11 @@ def test_dropout_does_not_depend_on_what_else_happens(between: Callable[[TrainSt
 
 def test_dropout_differs_by_seed_step_and_microbatch() -> None:
     rows = make_rows(2)
-    tokens, loss_mask = map(mx.array, collate(rows))
+    batch = collate(rows)
     losses = set()
     for seed, step, index in itertools.product((0, 1), (0, 1), (0, 1, 2)):
         state = make_state(dropout=0.3)
-        loss, _ = make_trainer(replace(CONFIG, seed=seed)).phases.gradients(state, tokens, loss_mask, step, index)
+        loss, _ = make_trainer(replace(CONFIG, seed=seed)).phases.gradients(state, batch, step, index)
         losses.add(loss.item())
     assert len(losses) == 2 * 2 * 3
 

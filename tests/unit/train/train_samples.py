@@ -74,6 +74,8 @@ def make_plan(rows: list[Row], config: Config = CONFIG, num_steps: int = NUM_STE
         sizes.micro_batch_size,
         config.seed,
         max_steps=num_steps,
+        micro_batch_tokens=sizes.micro_batch_tokens,
+        packing=config.data.packing,
     )
 
 

@@ -1,7 +1,7 @@
 """A worker that computes nothing: it takes part in a run, votes, and ends as `PLAN_<rank>` in its environment says.
 
-`refuse`: the data. `die`: before it has enrolled. `die at N`: in step N. `wait for N`: take the first
-step in no epoch of fewer.
+`refuse`: the data. `die`: before it has enrolled. `die at N`: in step N, and `die once at N` unless it was started
+again. `wait for N`: take the first step in no epoch of fewer, and `stay with N` no step.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def take_part(job: dict[str, Any], control: Control) -> int:
     config_file = Path(job["config_file"])
     if job["seat"]["first"]:
         config_file.replace(config_file.with_name("config.yaml"))
-    num_wanted = int(plan.removeprefix("wait for ")) if plan.startswith("wait for") else 1
+    stays = plan.startswith("stay with")
+    num_wanted = int(plan.split()[-1]) if plan.startswith("wait for") or stays else 1
     host = seat["listen"].rpartition(":")[0]
     with socket.create_server((host, 0)) as listener:
         facts, view = Facts(job["run_id"], __version__, DIGEST), View(WorkerId(seat["name"], uuid.uuid4().hex))
@@ -54,9 +55,10 @@ def take_part(job: dict[str, Any], control: Control) -> int:
                 elif (
                     view.epoch
                     and view.prepared is None
-                    and (view.committed.step or len(view.epoch.seats) >= num_wanted)
+                    and ((view.committed.step and not stays) or len(view.epoch.seats) >= num_wanted)
                 ):
-                    if plan == f"die at {view.committed.step}":
+                    once = f"die once at {view.committed.step}" if not job["halvings"] else None
+                    if plan in (f"die at {view.committed.step}", once):
                         os.kill(os.getpid(), signal.SIGKILL)
                     epoch = view.epoch.id
                     membership.change(lambda v, epoch=epoch: v.prepare(epoch, f"d{v.committed.step + 1}"))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +20,13 @@ def test_a_join_string_says_what_was_put_in(token: bytes, fingerprint: bytes, po
     assert text.isalnum()
     assert Invitation.decode(text) == invitation
     assert Invitation.decode(f" {text[:40]}\r\n  {text[40:].upper()}\n") == invitation
+
+
+def test_a_join_string_says_of_what_kind_the_run_is() -> None:
+    for kind, begins in (("elastic", "mlxd1"), ("group", "mlxg1")):
+        invitation = replace(INVITATION, kind=kind)
+        assert invitation.encode().startswith(begins)
+        assert Invitation.decode(invitation.encode()) == invitation
 
 
 @given(st.data())

@@ -8,19 +8,11 @@ from elastic_command import open_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_distributed import __version__
 from mlx_distributed.cli.elastic.join import config_here, missing_files
-from mlx_distributed.cli.elastic.reach import Reached
 from mlx_distributed.config import Config, DataConfig, ModelConfig, SourceConfig, to_yaml
-from mlx_distributed.elastic.inquiry import Description
-from mlx_distributed.elastic.membership import Contact
 from mlx_distributed.errors import ConfigError
 
-REACHED = Reached(Contact("10.0.0.7:4000", "00" * 16, None), "10.0.0.8")
-
-
-def describe(config: Config) -> Description:
-    return Description(__version__, "run", "wandb", to_yaml(config), "key", "certificate")
+ADDRESS = "10.0.0.7:4000"
 
 
 def test_files_that_are_not_here_are_named(tmp_path: Path) -> None:
@@ -35,7 +27,7 @@ def test_files_that_are_not_here_are_named(tmp_path: Path) -> None:
         "data.chat_template=/gone/chat.jinja",
     ]
     with pytest.raises(ConfigError, match=r"the run at 10\.0\.0\.7:4000 trains on what is not on this machine: model"):
-        config_here(describe(config), REACHED, "1", tmp_path)
+        config_here(to_yaml(config), ADDRESS, [])
 
 
 @given(st.sampled_from(["{{ messages }}", None]), st.sampled_from(["org/model", None]))
@@ -46,7 +38,7 @@ def test_names_and_templates_are_no_files(template: str | None, model: str | Non
 
 def test_all_but_the_folder_and_the_number_of_workers_is_that_of_the_run(tmp_path: Path) -> None:
     config = open_config(tmp_path, "elastic.listen=10.0.0.7:4000", "seed=7", "parallel.nproc=2")
-    here = config_here(describe(config), REACHED, "1", tmp_path / "mine")
+    here = config_here(to_yaml(config), ADDRESS, ["parallel.nproc=1", f"output_dir={tmp_path / 'mine'}"])
     assert here.output_dir == tmp_path / "mine"
     assert here.parallel.nproc == 1
     assert replace(here, output_dir=config.output_dir, parallel=config.parallel) == config

@@ -77,3 +77,8 @@ def test_what_does_not_speak_tls_is_refused(tmp_path: Path) -> None:
 def test_where_nobody_answers(address: str) -> None:
     with pytest.raises(TrainingError, match="no coordinator answers at"):
         reach(Invitation(address, TOKEN, "00" * 32))
+
+
+def test_a_group_has_no_coordinator() -> None:
+    with pytest.raises(ConfigError, match="is of a group without a coordinator, whose first machine shows"):
+        reach(Invitation("127.0.0.1:1", TOKEN, "a1" * 32, "group"))
