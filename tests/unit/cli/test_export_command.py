@@ -17,12 +17,14 @@ from mlx_lm.utils import quantize_model, save
 from support import train_all, write_rows
 
 from mlx_distributed.cli.distributed import main
+from mlx_distributed.models.tokenizer import CHAT_TEMPLATE
 from mlx_distributed.models.upstream import load_folder
 from mlx_distributed.testing import tiny_model
 from mlx_distributed.train.checkpoint import best, newest_valid
 
 TOKENS = mx.arange(24).reshape(2, 12)
 STEPS = 3
+QUANTISED = ["model.quantize.bits=4", "model.quantize.group_size=32", "precision=bf16"]
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, tokenizer, config = load_folder(str(base), return_config=True)
     model, config = quantize_model(model, config, 32, 4)
     save(folder / "llama-4bit", str(base), model, tokenizer, config)
+    (folder / "own.jinja").write_text(CHAT_TEMPLATE.replace("These", "Those"))
     settings = {
         "model": {"path": "llama"},
         "data": {"train": "rows.jsonl", "val_fraction": 0.2},
@@ -49,7 +52,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "lora": [],
         "dora": ["method=dora", "model.dtype=bfloat16"],
         "qlora": [f"model.path={folder / 'llama-4bit'}"],
-        "quantised": ["model.quantize.bits=4", "model.quantize.group_size=32", "precision=bf16"],
+        "quantised": [*QUANTISED, f"data.chat_template={folder / 'own.jinja'}"],
         "staged": ["method=full", "parallel.nproc=2", "parallel.pipeline.num_stages=2"],
     }
     train_all(folder / "config.yaml", {folder / name: overrides for name, overrides in arguments.items()})
@@ -119,10 +122,11 @@ def test_a_quantised_base(
 
 
 def test_a_base_that_the_run_has_quantised(runs: Path, tmp_path: Path) -> None:
-    """The export is of what was trained, in bits and in dtype."""
+    """The export is of what was trained, in bits and in dtype, and is asked as it was taught."""
     assert export(runs / "quantised", "--output", tmp_path / "a") == 0
     assert export(runs / "quantised", "--output", tmp_path / "b", "--dequantize", "--checkpoint", "last") == 0
     assert json.loads((tmp_path / "a" / "config.json").read_text())["quantization"]["bits"] == 4
+    assert (tmp_path / "a" / "chat_template.jinja").read_text() == (runs / "own.jinja").read_text()
     assert 0 < closest(logits(tmp_path / "a"), logits(tmp_path / "b")) < 0.25
     assert {array.dtype for array in mx.load(str(tmp_path / "b" / "model.safetensors")).values()} == {mx.bfloat16}
 
@@ -202,7 +206,7 @@ def test_a_model_from_scratch_needs_its_data_for_a_checkpoint(
     train_all(tmp_path / "scratch.yaml", {run: ["train.max_steps=1"]})
     assert export(run, "--checkpoint", "last") == 0
     assert mx.array_equal(logits(run / "export"), logits(run / "final"))
-    assert "A new model, trained, all of it by mlx-distributed." in (run / "export" / "README.md").read_text()
+    assert "A new model, trained, all of it, by mlx-distributed." in (run / "export" / "README.md").read_text()
     write_rows(tmp_path / "rows.jsonl", 49)
     assert export(run, "--checkpoint", "last", "--overwrite") == 2
     assert "data is" in capsys.readouterr().err
