@@ -15,6 +15,7 @@ import numpy as np
 from mlx_distributed.cli.stages import Staged, cut_into_stages
 from mlx_distributed.comm.base import Communicator
 from mlx_distributed.config import Config, to_dict
+from mlx_distributed.config.checks import workers_key
 from mlx_distributed.data.plan import Plan
 from mlx_distributed.data.sources import Corpus, read_corpus
 from mlx_distributed.data.stream import AnyPlan, AnyRows, open_stream_plan
@@ -230,12 +231,12 @@ def make_plan(config: Config, rows: TokenizedCorpus) -> Plan:
         micro_batch_tokens=config.train.micro_batch_tokens,
         packing=config.data.packing,
     )
-    limit, num_copies = config.train.micro_batch_tokens, config.parallel.nproc // config.parallel.pipeline.num_stages
-    if limit is not None and plan.num_microbatches < num_copies:
+    limit, num_stages = config.train.micro_batch_tokens, config.parallel.pipeline.num_stages
+    if limit is not None and plan.num_microbatches < config.parallel.size // num_stages:
         raise ConfigError(
-            f"parallel.nproc={config.parallel.nproc}: a step of train.global_batch_size={plan.global_batch_size} rows "
+            f"{workers_key(config.parallel)}={config.parallel.size}: a step of train.global_batch_size={plan.global_batch_size} rows "
             f"has at most {plan.num_microbatches} micro-batches of train.micro_batch_tokens={limit}, so a worker would "
-            f"have nothing to do; use {plan.num_microbatches * config.parallel.pipeline.num_stages} workers or fewer, "
-            "fewer tokens, or more rows"
+            f"have nothing to do; use {plan.num_microbatches * num_stages} workers or fewer, fewer "
+            "tokens, or more rows"
         )
     return plan

@@ -39,7 +39,7 @@ ONE_MACHINE: Mapping[str, Any] = {
 """Where the workers of a group are that is on one machine."""
 
 MEMORY_HINT = (
-    "a worker that is ended so has often run out of memory; less is taken with train.gradient_checkpointing=true, a "
+    "hint: a worker that is ended so has often run out of memory; less is taken with train.gradient_checkpointing=true, a "
     "smaller train.micro_batch_size or train.micro_batch_tokens, or optimizer.shard=true with several workers, and "
     "mlx-distributed plan says how much. --resume goes on from the last checkpoint"
 )
@@ -261,6 +261,13 @@ class LocalGroup(LocalWorkers):
             self.close()
         return self._report()
 
+    def train(self) -> int:
+        """As `run`, of workers that train; where one may have run out of memory, people are told what takes less."""
+        status = self.run()
+        if any(worker.may_have_run_out_of_memory for worker in self._workers) and not self._num_interrupts:
+            print(MEMORY_HINT, file=sys.stderr)
+        return status
+
     def _introduce(self) -> bool:
         """Collect the address of every worker and tell all of them all; whether every worker had one."""
         addresses = []
@@ -341,6 +348,4 @@ class LocalGroup(LocalWorkers):
         errors = [worker.error for worker in told if worker.error][:1]
         for line in [*errors, *filter(None, (worker.ending() for worker in self._workers))]:
             print(f"error: {line}", file=sys.stderr)
-        if any(worker.may_have_run_out_of_memory for worker in self._workers):
-            print(f"hint: {MEMORY_HINT}", file=sys.stderr)
         return 0 if not failed else ConfigError.exit_status if ConfigError.exit_status in failed else 1

@@ -7,6 +7,7 @@ import mlx.nn as nn
 from mlx_distributed.cli.load import Loaded
 from mlx_distributed.comm.base import Communicator
 from mlx_distributed.config import Config
+from mlx_distributed.data.batch import by_length
 from mlx_distributed.parallel.mesh import Mesh
 from mlx_distributed.tracking import Trackers
 from mlx_distributed.train.best import stops_early
@@ -36,8 +37,7 @@ def make_evaluate(
         return evaluate_generation(model, loaded.tokenizer, asked, settings.max_new_tokens, mesh.dp, pipeline)
 
     return Evaluate(
-        rows,
-        config.train.micro_batch_size,
+        by_length(rows, config.train.micro_batch_size, config.train.micro_batch_tokens),
         mesh.dp,
         trackers,
         save_best,

@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_distributed.cli.load import Loaded
+from mlx_distributed.cli.printable import printable
 from mlx_distributed.config import Config, to_dict
 from mlx_distributed.train.best import EVAL_LOSS
 from mlx_distributed.train.evaluation import Sample
@@ -89,5 +90,5 @@ def next_steps(config: Config, final: Path, prompt: str) -> Iterator[str]:
 
 
 def _one_line(text: str) -> str:
-    line = " ".join(text.split())
+    line = printable(" ".join(text.split()))
     return line if len(line) <= LINE_CHARS else line[: LINE_CHARS - 3] + "..."

@@ -183,4 +183,4 @@ def _run_workers(config: Config, job: Mapping[str, Any], logs: Path, debug: bool
         print(hint, file=sys.stderr)
     nproc = config.parallel.nproc
     jobs = worker_jobs(job, nproc, secrets.token_hex(16))
-    return LocalGroup(jobs, log_files(logs, nproc), env, debug).run()
+    return LocalGroup(jobs, log_files(logs, nproc), env, debug).train()

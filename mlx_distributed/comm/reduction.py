@@ -211,7 +211,7 @@ class Reduction:
             length = int(codec.chunk_bytes * fineness) // bucket.dtype.itemsize
             ranges = [chunks(*slice_, length) for slice_ in owned]
             missing = [set(range(len(r))) if i == rank or not alone else set() for i, r in enumerate(ranges)]
-            trees = [TreeSum[np.ndarray](num_leaves) for _ in ranges[rank]]
+            trees = [TreeSum[np.ndarray](num_leaves, _added) for _ in ranges[rank]]
             owed = None if codec.exact or feedback is None else feedback.begin(index, bucket.num_elements)
             self._buckets.append(
                 _BucketState(bucket.dtype, codec, direct, given_at, result_range, ranges, trees, missing, owed)
@@ -337,3 +337,10 @@ class Reduction:
         self._not_ended.remove(peer)
         if not self._not_ended and any(state.missing[self._rank] for state in self._buckets):
             raise FrameError("was the last to end, and some leaves of the sum are missing")
+
+
+def _added(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Whether a sum is finite is for the step to see, and nothing that numpy need warn of."""
+    with np.errstate(all="ignore"):
+        total: np.ndarray = left + right
+    return total

@@ -186,7 +186,7 @@ def _step(config: Config) -> Iterator[Problem]:
         due = nproc * train.micro_batch_size
         works = f"train.micro_batch_size={fitting[-1]} or less" if fitting else f"train.global_batch_size={due} or more"
         yield Problem(
-            _count(config.parallel),
+            workers_key(config.parallel),
             f"a step has only {train.num_microbatches} micro-batches (train.global_batch_size="
             f"{train.global_batch_size} / train.micro_batch_size={train.micro_batch_size}), so a worker would have "
             f"nothing to do; use {train.num_microbatches} or less, or {works}",
@@ -206,13 +206,13 @@ def _token_budget(config: Config, limit: int) -> Iterator[Problem]:
         yield Problem(key, rule, ("data.max_seq_length",))
 
 
-def _count(parallel: ParallelConfig) -> str:
+def workers_key(parallel: ParallelConfig) -> str:
     """The key that says how many workers there are."""
     return "parallel.nproc" if parallel.num_workers is None else "parallel.num_workers"
 
 
 def _parallel(parallel: ParallelConfig) -> Iterator[Problem]:
-    nproc, num_stages, count = parallel.nproc, max(parallel.pipeline.num_stages, 1), _count(parallel)
+    nproc, num_stages, count = parallel.nproc, max(parallel.pipeline.num_stages, 1), workers_key(parallel)
     for key, weights, due, default in (
         ("parallel.share", parallel.share, parallel.size // num_stages, "even"),
         ("parallel.bandwidth", parallel.bandwidth, parallel.size, "even"),
@@ -309,7 +309,7 @@ def _pipeline(config: Config) -> Iterator[Problem]:
         rule = f"must be a multiple of parallel.pipeline.num_stages={pipeline.num_stages}, the workers of one copy"
         num = -(-parallel.size // pipeline.num_stages) * pipeline.num_stages
         use = f"--nproc {num}" if parallel.num_workers is None else f"{num}"
-        yield Problem(_count(parallel), f"{rule} of the model; use {use}", stages)
+        yield Problem(workers_key(parallel), f"{rule} of the model; use {use}", stages)
     for key, fits, rule in (
         ("parallel.backend", parallel.backend == "grpc", "its groups are made over gRPC; use grpc"),
         ("parallel.sync", parallel.sync == "step", "its workers agree in every step; use step"),

@@ -377,16 +377,16 @@ class Config:
     model: ModelConfig = ModelConfig()
     method: Literal["lora", "dora", "full"] = "lora"
     """What is trained; `full` means everything, embeddings and head too."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """What the model computes in. Trained weights, their gradient sums and their moments are float32 in any case. With
-    `bf16` and `fp16` frozen weights are held in 16 bits too, and `fp16` scales the loss: a step whose gradient is too
-    large is left out by all workers, with half the scale from then on. With `fp32` frozen weights are as `model.dtype`
-    says, and layers compute in that type."""
     lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What the model computes in. Trained weights, their gradient sums and their moments are float32 in any case. With
+    `bf16` and `fp16` frozen weights are held in 16 bits too, and `fp16` scales the loss: a step whose gradient is too
+    large is left out by all workers, with half the scale from then on. With `fp32` frozen weights are as `model.dtype`
+    says, and layers compute in that type."""
     parallel: ParallelConfig = ParallelConfig()
     elastic: ElasticConfig = ElasticConfig()
     eval: EvalConfig = EvalConfig()

@@ -48,6 +48,18 @@ def make_batch(rows: Sequence[Row], config: Config) -> Batch:
     return collate(rows, 1 if config.train.micro_batch_tokens is None else LENGTH_MULTIPLE)
 
 
+def by_length(rows: Sequence[Row], micro_batch_size: int, micro_batch_tokens: int | None = None) -> list[list[Row]]:
+    """Rows in micro-batches, the shortest first: of `micro_batch_size` rows, or of as many as `micro_batch_tokens` has
+    room for, padding too, and one at least."""
+    batches: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: len(row.tokens)):
+        size = micro_batch_size if micro_batch_tokens is None else micro_batch_tokens // len(row.tokens)
+        if not batches or len(batches[-1]) >= size:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
 def collate(rows: Sequence[Row], multiple: int = 1) -> Batch:
     """Rows side by side, padded on the right with token 0, which is no target, to the longest of them.
 

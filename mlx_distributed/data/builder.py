@@ -100,7 +100,7 @@ class Workshop:
 
     def _mark_before(self, number: int) -> Mark:
         """The nearest place before a chunk that another chunk knows."""
-        built = sorted(int(path.stem) for path in self.folder.glob("*.rows"))
+        built = sorted(int(path.stem) for path in self.folder.glob("*.rows") if path.stem.isdecimal())
         for other in reversed([other for other in built if other < number]):
             with contextlib.suppress(FileNotFoundError, Damaged):
                 return Chunk(self.path(other)).record.after
@@ -149,7 +149,8 @@ class Workshop:
         data = replace(self.data, chat_template=None)  # The tokenizer has it.
         outcomes = tokenize_rows(conversations, self.tokenizer, data)
         tokenized, report = take(outcomes, [raw[number][0] for number in valid], self.data, report)
-        report.check(self.data.max_invalid_fraction)
+        if len(raw) == self.chunk_rows:  # The few that may stand at the end say nothing about the source.
+            report.check(self.data.max_invalid_fraction)
         rows: list[Row | None] = [None] * len(raw)
         for number, row in zip(valid, tokenized, strict=True):
             rows[number] = row
@@ -188,8 +189,11 @@ class Builder:
         """Have a chunk built; returns at once."""
         if wanted not in self._asked:
             self._asked.add(wanted)
-            with contextlib.suppress(OSError):  # `wait` tells why it has ended.
-                self._running[0].send(wanted)
+            with contextlib.suppress(EOFError, OSError):  # `wait` tells why it has ended.
+                line, _ = self._running
+                while line.poll():  # Answers that nobody waits for would fill the line, and then both sides wait.
+                    self._take(line)
+                line.send(wanted)
 
     def wait(self, wanted: Wanted) -> None:
         """Have a chunk built, and wait until it is.
@@ -201,16 +205,21 @@ class Builder:
         line, process = self._running
         while wanted in self._asked:
             try:
-                done, error = line.recv()
+                done, error = self._take(line)
             except (EOFError, OSError):
                 process.join()
                 raise StreamError(
                     f"the process that tokenises rows ahead has ended with status {process.exitcode}; "
                     "--resume goes on from the last checkpoint"
                 ) from None
-            self._asked.discard(done)
             if error is not None and done == wanted:
                 raise StreamError(error)
+
+    def _take(self, line: Connection) -> tuple[Wanted, str | None]:
+        """What has been built next, or why it could not be."""
+        done, error = line.recv()
+        self._asked.discard(done)
+        return done, error
 
     def close(self) -> None:
         """End the process."""

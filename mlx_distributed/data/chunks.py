@@ -23,7 +23,7 @@ from mlx_distributed.data.tokenize import Row
 VERSION = 1
 """Of the format. Goes up whenever an older program would misread a newer file."""
 
-_HEAD = re.compile(rb"mlx-distributed rows ([0-9]+) ([0-9a-f]{64})\n")
+_HEAD = re.compile(rb"mlx-distributed rows ([0-9]{1,9}) ([0-9a-f]{64})\n")
 
 
 class Damaged(Exception):
@@ -58,17 +58,21 @@ class Chunk:
             raise Damaged(f"was written by another version of this program (format {int(head[1])}, not {VERSION})")
         if hashlib.sha256(memoryview(data)[head.end() :]).hexdigest() != head[2].decode():
             raise Damaged("is damaged: its contents do not have the hash that it was written with")
-        # What has the right hash was written by this program as it is.
-        end = data.index(b"\n", head.end()) + 1
-        fields = json.loads(data[head.end() : end])
-        num_rows = fields.pop("num_rows")
-        self.record = Record(Mark(**fields.pop("after")), **fields)
-        self.lengths = np.frombuffer(data, np.int32, num_rows, end).copy()
-        """Of every row in tokens, int32 [N]; 0 where it cannot be trained on."""
-        end += self.lengths.nbytes
-        self._references = np.frombuffer(data, np.int32, 2 * num_rows, end).reshape(-1, 2).copy()
-        end += self._references.nbytes
+        try:
+            end = data.index(b"\n", head.end()) + 1
+            fields = json.loads(data[head.end() : end])
+            num_rows = fields.pop("num_rows")
+            self.record = Record(Mark(**fields.pop("after")), **fields)
+            self.lengths = np.frombuffer(data, np.int32, num_rows, end).copy()
+            """Of every row in tokens, int32 [N]; 0 where it cannot be trained on."""
+            end += self.lengths.nbytes
+            self._references = np.frombuffer(data, np.int32, 2 * num_rows, end).reshape(-1, 2).copy()
+            end += self._references.nbytes
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise Damaged(f"was not written by this program: {error}") from error
         self._offsets = end + np.cumsum([0, *_sizes(self.lengths)])
+        if self._offsets[-1] != len(data) or (self.lengths < 0).any():
+            raise Damaged("was not written by this program: its rows are not as long as it says")
 
     def read(self, number: int) -> Row:
         """A row that can be trained on. Raises OSError or Damaged where the file is not there any more."""

@@ -85,7 +85,7 @@ class Plan:
         """Rows of similar length that go into a step together: as many as a micro-batch holds, about."""
         if self.micro_batch_tokens is None:
             return self.micro_batch_size
-        fitting = self.micro_batch_tokens * len(self.lengths) // sum(self.lengths)
+        fitting = self.micro_batch_tokens * len(self.lengths) // max(sum(self.lengths), 1)
         sizes = range(1, min(fitting, self.global_batch_size) + 1)
         return max((size for size in sizes if not self.global_batch_size % size), default=1)
 

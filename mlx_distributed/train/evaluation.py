@@ -52,26 +52,22 @@ class Sample:
 
 def evaluate_loss(
     model: nn.Module,
-    rows: Sequence[Row],
-    micro_batch_size: int,
+    batches: Sequence[Sequence[Row]],
     comm: Communicator,
     pipeline: Pipeline | None = None,
 ) -> dict[str, float]:
-    """Loss in nats per label token and perplexity over all rows, in a fixed order.
+    """Loss in nats per label token and perplexity over all rows, in the order of the micro-batches.
 
     Args:
         model: or what this worker has of it.
-        rows: to be evaluated on.
-        micro_batch_size: sequences at a time.
-        comm: over which the rows are shared.
+        batches: rows to be evaluated on, in micro-batches.
+        comm: over which they are shared.
         pipeline: that the model is spread over; None where this worker has all of it.
     """
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row].tokens))
-    batches = [order[at : at + micro_batch_size] for at in range(0, len(order), micro_batch_size)]
     start, stop = share(len(batches), [1.0] * comm.size)[comm.rank]
     tally = Tally.empty(len(batches))
     with evaluating(model):
-        own = [collate([rows[row] for row in batch]) for batch in batches[start:stop]]
+        own = [collate(batch) for batch in batches[start:stop]]
         tally.num_tokens[start:stop] = [batch.num_labels for batch in own]
         arrays = [(mx.array(batch.tokens), mx.array(batch.loss_mask)) for batch in own]
         if pipeline is None:

@@ -137,9 +137,8 @@ class Evaluate:
     are no rows.
 
     Args:
-        rows: for validation.
-        micro_batch_size: sequences at a time.
-        comm: over which the rows are shared.
+        batches: rows for validation, in micro-batches.
+        comm: over which they are shared.
         tracker: is told the figures, and of generated answers, by rank 0.
         save_best: called where the state is the best so far; None where that does not matter.
         pipeline: that the model is spread over; None where every rank has all of it.
@@ -150,8 +149,7 @@ class Evaluate:
 
     def __init__(
         self,
-        rows: Sequence[Row],
-        micro_batch_size: int,
+        batches: Sequence[Sequence[Row]],
         comm: Communicator,
         tracker: Tracker,
         save_best: Save | None,
@@ -160,7 +158,7 @@ class Evaluate:
         everyone: Communicator | None = None,
         metric: str = EVAL_LOSS,
     ) -> None:
-        self._rows, self._micro_batch_size, self._comm = rows, micro_batch_size, comm
+        self._batches, self._comm = batches, comm
         self._tracker, self._save_best, self._pipeline = tracker, save_best, pipeline
         self._answering, self._everyone, self._metric = answering, everyone or comm, metric
         self.samples: list[Sample] = []
@@ -169,9 +167,9 @@ class Evaluate:
         """Of the last evaluation, on rank 0."""
 
     def __call__(self, state: TrainState, info: StepInfo | None = None) -> None:
-        if not self._rows:
+        if not self._batches:
             return
-        metrics = evaluate_loss(state.model, self._rows, self._micro_batch_size, self._comm, self._pipeline)
+        metrics = evaluate_loss(state.model, self._batches, self._comm, self._pipeline)
         if self._answering is not None:
             self.samples = self._answering.generate(state.model)
             if self._everyone.rank == 0:

@@ -56,6 +56,7 @@ def train(comm: Communicator, name: str, seed: int) -> Outcome:
 
     from mlx_distributed.cli.load import load_all
     from mlx_distributed.config import load_config
+    from mlx_distributed.data.batch import by_length
     from mlx_distributed.parallel.mesh import Mesh
     from mlx_distributed.train.evaluation import evaluate_loss
     from mlx_distributed.train.phases import Phases
@@ -70,7 +71,7 @@ def train(comm: Communicator, name: str, seed: int) -> Outcome:
     if "no feedback" in name:
         state.feedback.commit = state.feedback.discard  # type: ignore[method-assign]
     steps = list(Trainer(Phases(config, loaded.plan, loaded.rows.train)).steps(state, Mesh(dp=comm)))
-    held_out = evaluate_loss(state.model, loaded.rows.validation, config.train.micro_batch_size, comm)
+    held_out = evaluate_loss(state.model, by_length(loaded.rows.validation, config.train.micro_batch_size), comm)
     return Outcome(
         statistics.mean(step.loss for step in steps[-LAST_STEPS:]),
         held_out["eval/loss"],

@@ -46,6 +46,7 @@ def train(comm: Communicator, name: str, seed: int) -> Outcome:
     from mlx_distributed.cli.load import load_all
     from mlx_distributed.comm.buckets import Arrays
     from mlx_distributed.config import load_config
+    from mlx_distributed.data.batch import by_length
     from mlx_distributed.data.batch import Batch
     from mlx_distributed.parallel.mesh import Mesh
     from mlx_distributed.train.evaluation import evaluate_loss
@@ -72,7 +73,7 @@ def train(comm: Communicator, name: str, seed: int) -> Outcome:
     state = init_state(loaded.model, config, comm)
     phases = (Overflowing if name == OVERFLOW else Phases)(config, loaded.plan, loaded.rows.train)
     steps = list(Trainer(phases).steps(state, Mesh(dp=comm)))
-    held_out = evaluate_loss(state.model, loaded.rows.validation, config.train.micro_batch_size, comm)
+    held_out = evaluate_loss(state.model, by_length(loaded.rows.validation, config.train.micro_batch_size), comm)
     return Outcome(
         statistics.mean(step.loss for step in steps[-LAST_STEPS:]),
         held_out["eval/loss"],

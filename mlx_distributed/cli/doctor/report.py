@@ -33,6 +33,7 @@ from mlx_distributed.cli.doctor.tokens import (
     check_template,
     count_labels,
 )
+from mlx_distributed.cli.printable import printable
 
 WIDTH = 100
 _COLUMN = 26
@@ -138,6 +139,5 @@ def _wrapped(finding: Finding) -> list[str]:
     lines = wrapper.wrap(finding.text)
     wrapper.subsequent_indent = "   "
     lines += wrapper.wrap(f"-> {finding.mend}") if finding.mend else []
-    # Some of it is from files of others: it must not steer the terminal.
-    first, *others = ["".join(char if char.isprintable() else "?" for char in line) for line in lines]
+    first, *others = map(printable, lines)  # Some of it is from files of others.
     return [f"{finding.status:<8} {finding.check:<15}  {first}", *(" " * _COLUMN + line for line in others)]

@@ -99,6 +99,16 @@ def _packing(value: Any, place: Place) -> Fate:
     return mapped({"data.packing": switch(value)}, words)
 
 
+def _metrics(value: Any, place: Place) -> Fate:
+    ours = {"sacrebleu": "bleu", "chrf": "chrf"}
+    values = {"eval.metrics": [ours[name] for name in names(value) if name in ours]}
+    others = [name for name in names(value) if name not in (*ours, "perplexity")]
+    if others or not values["eval.metrics"]:
+        words = f"not measured here: {', '.join(others)}" if others else "perplexity is always measured"
+        return Fate("no counterpart" if others else "not needed", words, values if values["eval.metrics"] else {})
+    return mapped(values)
+
+
 AXOLOTL = Tool(
     name="axolotl",
     title="Axolotl",
@@ -218,10 +228,11 @@ AXOLOTL = Tool(
         ),
         **each("resize_token_embeddings_to_32x shrink_embeddings", missing("the vocabulary stays as it is")),
         **each(
-            "dataset_prepared_path dataset_processes dataset_num_proc dataset_keep_in_memory push_dataset_to_hub "
+            "dataset_processes dataset_num_proc dataset_keep_in_memory push_dataset_to_hub "
             "strict debug",
             LOADING,
         ),
+        "dataset_prepared_path": if_streamed(to_path("data.cache_dir")),
         **each("shuffle_merged_datasets", unneeded("rows are always shuffled, by seed")),
         **each(
             "dataset_exact_deduplication curriculum_sampling",
@@ -249,9 +260,11 @@ AXOLOTL = Tool(
         **each(
             "trackio_project_name trackio_run_name trackio_space_id", missing("of trackers, there is Weights & Biases")
         ),
-        **each(
-            "eval_table_size eval_max_new_tokens do_causal_lm_eval eval_causal_lm_metrics do_bench_eval",
-            missing("eval.generate and eval.metrics compare answers"),
+        "do_causal_lm_eval": to("eval.generate", switch),
+        "eval_causal_lm_metrics": only_if(
+            lambda theirs: theirs.on("do_causal_lm_eval"), Rule(_metrics, ("eval.metrics",)), "answers are not compared"
         ),
+        "eval_max_new_tokens": to("eval.max_new_tokens", count),
+        **each("eval_table_size do_bench_eval", missing("eval.generate and eval.metrics compare answers")),
     },
 )

@@ -212,7 +212,7 @@ LLAMAFACTORY = Tool(
         **each(
             "mix_strategy interleave_probs", missing("weight of a source is in passes per epoch, not a probability")
         ),
-        "buffer_size": to("data.shuffle_buffer", count),
+        "buffer_size": if_streamed(to("data.shuffle_buffer", count)),
         **each(
             "overwrite_cache tokenized_path cache_dir media_dir data_shared_file_system preprocessing_batch_size",
             LOADING,

@@ -8,6 +8,7 @@ from typing import Any
 
 from mlx_distributed.cli.import_config.rules import shown
 from mlx_distributed.cli.import_config.translate import Finding, Translation
+from mlx_distributed.cli.printable import printable
 from mlx_distributed.config.dump import to_inline
 from mlx_distributed.config.schema import Config, SourceConfig
 
@@ -114,8 +115,3 @@ def _section(name: str, keys: dict[str, Any]) -> Iterator[str]:
 
 def _line(indent: str, key: str, value: tuple[Any, str]) -> str:
     return f"{indent}{key}: {to_inline(value[0])}  # {value[1]}"
-
-
-def printable(text: str) -> str:
-    """`text` on one line and with nothing that a terminal would obey."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)

@@ -18,6 +18,7 @@ from mlx_distributed.cli.import_config.rules import (
     names,
     number,
     off,
+    only_if,
     refuse,
     switch,
     to,
@@ -165,6 +166,16 @@ def _early(value: Any, place: Place) -> Fate:
     return Fate("not needed", "switched off") if off(value) else mapped({"eval.patience": count(value)})
 
 
+def _streaming(value: Any, place: Place) -> Fate:
+    needs = "needs train.max_steps, and .jsonl or .parquet files or a data set of the hub"
+    return mapped({"data.streaming": switch(value)}, needs if value else "")
+
+
+def if_streamed(rule: Rule) -> Rule:
+    """For keys that say more about `streaming`."""
+    return only_if(lambda theirs: theirs.on("streaming"), rule, "data are not streamed")
+
+
 ONE_PROGRAM = unneeded("of how the model is spread over GPUs; here every worker holds it, or see parallel.pipeline")
 KERNELS = unneeded("of how it is computed there")
 LOADING = unneeded("of how the data are read")
@@ -193,7 +204,7 @@ RULES: dict[str, Rule] = {
     ),
     **each("warmup_steps warmup_ratio", Rule(_warmup, ("scheduler.warmup_steps", "scheduler.warmup_ratio"))),
     "gradient_checkpointing": to("train.gradient_checkpointing", lambda value: not off(value)),
-    "streaming": to("data.streaming", switch),
+    "streaming": Rule(_streaming, ("data.streaming",)),
     "neftune_noise_alpha": missing("noise on embeddings is not here"),
     "save_steps": _every("checkpoint.steps", ("save_strategy",)),
     "save_strategy": _strategy("checkpoint.steps"),

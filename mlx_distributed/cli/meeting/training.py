@@ -118,7 +118,7 @@ def _train(job: Mapping[str, Any], logs: Path, place: Place, lines: Sequence[Lin
         print(hint, file=sys.stderr)
     own = {key: getattr(place, key) for key in ("first_rank", "host", "machines", "identity")}
     jobs = worker_jobs(job, place.num_workers, place.secret, {**own, "quiet": quiet})
-    return MachineGroup(place, lines, jobs, log_files(logs, place.num_workers), env, debug, WORKER).run()
+    return MachineGroup(place, lines, jobs, log_files(logs, place.num_workers), env, debug, WORKER).train()
 
 
 def _whole_number(nproc: str) -> int:

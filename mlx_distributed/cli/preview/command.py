@@ -70,7 +70,7 @@ def _preview(args: argparse.Namespace) -> int:
         args.html.write_text(page(f"preview of {args.config}", sections, notes), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--html {args.html} cannot be written: {error.strerror}") from error
-    print(f"{sum(len(section.rows) for section in sections)} rows are in {args.html}; open it in a browser")
+    print(f"written to {args.html}; open it in a browser")
     return 0
 
 

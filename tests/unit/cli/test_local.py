@@ -81,6 +81,19 @@ def at_start(folder: Path, code: str) -> str:
     return str(folder)
 
 
+@pytest.mark.parametrize(("number", "hinted"), [("SIGSEGV", True), ("SIGABRT", False)])
+def test_what_takes_less_memory_is_said_where_that_may_help(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], number: str, hinted: bool
+) -> None:
+    env = {**os.environ, "PYTHONPATH": at_start(tmp_path, f"import os, signal; os.kill(os.getpid(), signal.{number})")}
+    assert LocalGroup(make_jobs(write_config(tmp_path), 1), [None], env).train() == 1
+    error, *hint = capfd.readouterr().err.splitlines()
+    assert error == f"error: worker 0 was ended by {number}"
+    assert [line.startswith("hint: a worker that is ended so has often run out of memory") for line in hint] == (
+        [True] if hinted else []
+    )
+
+
 def test_what_all_workers_refuse_is_said_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert run_group(tmp_path, make_jobs(tmp_path / "gone.yaml", 2)) == 2

@@ -229,7 +229,7 @@ def test_the_page_escapes_rows_and_runs_nothing(run_file: Path, preview: Preview
     evil = {"instruction": "<b>hi</b>\x1b", "output": output}
     (run_file.parent / "rows.jsonl").write_text(json.dumps(evil))
     file = tmp_path / "page.html"
-    assert preview("--html", str(file)) == f"1 rows are in {file}; open it in a browser\n"
+    assert preview("--html", str(file)) == f"written to {file}; open it in a browser\n"
     text = file.read_text(encoding="utf-8")
     found = Page(text)
     assert found.open == []

@@ -270,7 +270,7 @@ def test_all_problems_come_in_one_error_in_the_order_of_the_file(tmp_path: Path)
         f"{path}:6: data.train.0.pth=org/rows: unknown key; did you mean data.train.0.path?",
         f"{path}:7: data.val_fraction=2: must be at least 0 and below 1; the default is 0.0",
         f"{path}:8: foo=1: unknown key; the keys here are model, method, lora, data, train, optimizer, scheduler, "
-        "parallel, elastic, eval, checkpoint, logging, wandb, seed, output_dir",
+        "precision, parallel, elastic, eval, checkpoint, logging, wandb, seed, output_dir",
         "command line: nonsense: is not of the form section.key=value; write train.epochs=3, for example",
         "command line: seed=-1: must be from 0 to 4294967295; the default is 0",
     ]

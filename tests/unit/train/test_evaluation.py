@@ -13,6 +13,7 @@ from train_samples import make_rows, make_state, on_ranks
 from mlx_distributed.comm.base import Communicator, LocalComm
 from mlx_distributed.config import ModelConfig
 from mlx_distributed.config.schema import AnswerMetric, EvalConfig
+from mlx_distributed.data.batch import by_length
 from mlx_distributed.data.tokenize import Row
 from mlx_distributed.evaluate.generate import generate
 from mlx_distributed.models import load
@@ -47,7 +48,7 @@ def test_the_loss_has_the_same_bits_on_any_number_of_ranks(num_rows: int, micro_
     models = [make_state(dropout=0.5).model for _ in range(max(SIZES))]
     found = []
     for size in SIZES:
-        found += on_ranks(size, lambda comm: evaluate_loss(models[comm.rank], rows, micro_batch_size, comm))
+        found += on_ranks(size, lambda comm: evaluate_loss(models[comm.rank], by_length(rows, micro_batch_size), comm))
     assert found == [found[0]] * sum(SIZES)
     assert found[0]["eval/loss"] == pytest.approx(plain_loss(make_state().model, rows), rel=1e-6)
     assert found[0]["eval/perplexity"] == math.exp(found[0]["eval/loss"])
@@ -58,7 +59,7 @@ def test_dropout_is_off_meanwhile_and_no_randomness_is_used() -> None:
     mx.random.seed(1)
     expected = mx.random.uniform().item()
     mx.random.seed(1)
-    assert evaluate_loss(model, rows, 2, LocalComm()) == evaluate_loss(model, rows, 2, LocalComm())
+    assert evaluate_loss(model, by_length(rows, 2), LocalComm()) == evaluate_loss(model, by_length(rows, 2), LocalComm())
     assert mx.random.uniform().item() == expected
     assert model.training
     assert model.dropout.training
@@ -68,14 +69,14 @@ def test_a_model_that_fails_in_the_middle_goes_back_to_training() -> None:
     model = make_state().model
     model.head.weight = mx.zeros((3, 5))
     with pytest.raises(ValueError):
-        evaluate_loss(model, make_rows(1), 2, LocalComm())
+        evaluate_loss(model, by_length(make_rows(1), 2), LocalComm())
     assert model.training
 
 
 def test_a_loss_beyond_all_bounds_has_an_infinite_perplexity() -> None:
     model = make_state().model
     model.head.weight = model.head.weight * 1e5
-    metrics = evaluate_loss(model, make_rows(9), 2, LocalComm())
+    metrics = evaluate_loss(model, by_length(make_rows(9), 2), LocalComm())
     assert metrics["eval/loss"] > 700
     assert metrics["eval/perplexity"] == math.inf
 
@@ -142,7 +143,7 @@ def test_scores_have_the_same_bits_on_any_number_of_ranks(
             lambda samples: score_samples(samples, settings),
         )
         state = TrainState(model, {}, step=3)
-        Evaluate(rows, 2, comm, Trackers([]), None, answering=answering)(state)
+        Evaluate(by_length(rows, 2), comm, Trackers([]), None, answering=answering)(state)
         return state.metrics
 
     found = [metrics for size in SIZES for metrics in on_ranks(size, work)]
@@ -152,7 +153,7 @@ def test_scores_have_the_same_bits_on_any_number_of_ranks(
     generated, references = [sample.generated for sample in samples], [sample.reference for sample in samples]
     assert found[0]["eval/chrf"] == sacrebleu.corpus_chrf(generated, [references]).score
     assert found[0]["eval/bleu"] == sacrebleu.corpus_bleu(generated, [references]).score
-    assert found[0].items() >= evaluate_loss(model, rows, 2, LocalComm()).items()
+    assert found[0].items() >= evaluate_loss(model, by_length(rows, 2), LocalComm()).items()
     intervals = {f"eval/{name}{end}" for name in settings.metrics for end in ("", "_low", "_high")}
     assert found[0].keys() == {"eval/loss", "eval/perplexity", *intervals}
 

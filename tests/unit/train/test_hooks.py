@@ -10,6 +10,7 @@ from train_samples import make_rows, make_state, on_ranks
 
 from mlx_distributed.comm.base import Communicator, LocalComm
 from mlx_distributed.config.schema import EvalConfig
+from mlx_distributed.data.batch import by_length
 from mlx_distributed.testing import run_ranks
 from mlx_distributed.tracking import Trackers
 from mlx_distributed.train.checkpoint import Checkpointer, CheckpointMeta, locate
@@ -107,9 +108,9 @@ def test_rank_0_saves_for_all_with_what_only_they_have(tmp_path: Path) -> None:
 def test_an_evaluation_is_kept_with_the_state_and_the_best_is_saved(tmp_path: Path, keep_best: bool) -> None:
     save, losses = make_save(tmp_path)
     rows, state = make_rows(5), at(1)
-    evaluate = Evaluate(rows, 2, LocalComm(), Trackers([]), save if keep_best else None)
+    evaluate = Evaluate(by_length(rows, 2), LocalComm(), Trackers([]), save if keep_best else None)
     evaluate(state)
-    assert state.metrics == evaluate_loss(state.model, rows, 2, LocalComm())
+    assert state.metrics == evaluate_loss(state.model, by_length(rows, 2), LocalComm())
     best = state.metrics["eval/loss"]
     state.step = 2
     evaluate(state)  # as good, and no better
@@ -119,7 +120,7 @@ def test_an_evaluation_is_kept_with_the_state_and_the_best_is_saved(tmp_path: Pa
 def test_without_rows_there_is_nothing_to_evaluate(tmp_path: Path) -> None:
     save, losses = make_save(tmp_path)
     state = at(1)
-    Evaluate([], 2, LocalComm(), Trackers([]), save)(state)
+    Evaluate([], LocalComm(), Trackers([]), save)(state)
     assert (state.metrics, losses) == ({}, [])
 
 
@@ -169,7 +170,7 @@ def test_answers_are_scored_once_for_all_ranks_and_told_by_the_first() -> None:
     def work(comm: Communicator) -> tuple[Told, TrainState]:
         told, state = Told(), at(4)
         evaluate = Evaluate(
-            make_rows(5), 2, comm, told, None, answering=answering(["nine", "ten"]), metric="eval/exact_match"
+            by_length(make_rows(5), 2), comm, told, None, answering=answering(["nine", "ten"]), metric="eval/exact_match"
         )
         for state.step in (4, 6):
             evaluate(state)
@@ -192,7 +193,7 @@ def test_the_best_is_the_highest_of_other_metrics(tmp_path: Path) -> None:
     save = Save(checkpointer, LocalComm(), layout, Trackers([]), describe)
     for step, texts in enumerate((["six"], ["nine"], ["ten"]), 1):
         state = at(step)
-        Evaluate(make_rows(5), 2, LocalComm(), Trackers([]), save, answering=answering(texts))(state)
+        Evaluate(by_length(make_rows(5), 2), LocalComm(), Trackers([]), save, answering=answering(texts))(state)
         save(state)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
     best = checkpointer.find("best")

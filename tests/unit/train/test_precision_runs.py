@@ -13,7 +13,7 @@ from train_samples import on_ranks
 from mlx_distributed.comm.base import Communicator
 from mlx_distributed.comm.buckets import Arrays
 from mlx_distributed.config import Config
-from mlx_distributed.data.batch import Batch
+from mlx_distributed.data.batch import Batch, by_length
 from mlx_distributed.parallel.mesh import Mesh
 from mlx_distributed.train.evaluation import evaluate_loss
 from mlx_distributed.train.loss_scale import INITIAL, LossScale
@@ -36,9 +36,9 @@ def trained(config: Config, size: int, begin: LossScale | None = None) -> tuple[
     def body(comm: Communicator) -> tuple[list[object], Arrays, Arrays, float]:
         state, trainer, mesh, cut = make_run(config, comm, num_steps=NUM_STEPS)
         state.loss_scale = begin or state.loss_scale
-        told = [(info.loss, info.grad_norm, info.skipped) for info in trainer.steps(state, mesh)]
+        told = [(info.loss, str(info.grad_norm), info.skipped) for info in trainer.steps(state, mesh)]
         scale = state.scale, state.num_skipped
-        loss = evaluate_loss(state.model, make_rows(5), 2, mesh.dp, cut.pipeline if cut else None)["eval/loss"]
+        loss = evaluate_loss(state.model, by_length(make_rows(5), 2), mesh.dp, cut.pipeline if cut else None)["eval/loss"]
         close(mesh, comm)
         parameters, moments = state.parameters, state.moments if state.shard is None else {}
         mx.eval(parameters, moments)

@@ -15,6 +15,7 @@ from mlx_distributed.cli.stages import make_schedule
 from mlx_distributed.comm.base import Communicator, LocalComm
 from mlx_distributed.config import Config
 from mlx_distributed.config.schema import ModelConfig, ParallelConfig, PipelineConfig
+from mlx_distributed.data.batch import by_length
 from mlx_distributed.errors import ConfigError
 from mlx_distributed.models import load
 from mlx_distributed.parallel.simulate import Costs, StageCosts, simulate
@@ -39,7 +40,7 @@ def train(
         state, trainer, mesh, cut = make_run(config, comm, tied, num_steps)
         infos = [told(info) for info in trainer.steps(state, mesh)]
         pipeline = cut.pipeline if cut else None
-        metrics = evaluate_loss(state.model, make_rows(9), 2, mesh.dp, pipeline)
+        metrics = evaluate_loss(state.model, by_length(make_rows(9), 2), mesh.dp, pipeline)
         arrays = {name: np.array(array) for name, array in (state.parameters | state.optimizer).items()}
         close(mesh, comm)
         return infos, arrays, metrics

@@ -12,7 +12,7 @@ from train_samples import CONFIG, NUM_ROWS, NUM_STEPS, TinyModel, make_rows, mak
 
 from mlx_distributed.comm.base import Communicator, LocalComm
 from mlx_distributed.config import Config
-from mlx_distributed.data.batch import collate
+from mlx_distributed.data.batch import by_length, collate
 from mlx_distributed.errors import CommError, TrainingError
 from mlx_distributed.parallel.mesh import Mesh
 from mlx_distributed.testing import run_ranks
@@ -181,7 +181,7 @@ def draw(state: TrainState) -> None:
 
 
 def evaluate(state: TrainState) -> None:
-    evaluate_loss(state.model, make_rows(5, seed=3), 2, LocalComm())
+    evaluate_loss(state.model, by_length(make_rows(5, seed=3), 2), LocalComm())
 
 
 @pytest.mark.parametrize("between", [draw, evaluate])
