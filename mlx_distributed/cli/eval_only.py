@@ -16,6 +16,7 @@ from mlx_distributed.comm.base import Communicator
 from mlx_distributed.errors import CommError, ConfigError
 from mlx_distributed.parallel.mesh import Mesh
 from mlx_distributed.tracking import ConsoleTracker, Trackers
+from mlx_distributed.tracking.jsonl import without_gaps
 from mlx_distributed.train import stage_files
 from mlx_distributed.train.agreement import synchronise
 from mlx_distributed.train.state import TrainState
@@ -64,7 +65,7 @@ def _evaluate(job: Job, comm: Communicator, mesh: Mesh) -> int:
             found = {
                 "step": state.step,
                 "checkpoint": None if checkpoint is None else str(checkpoint.folder),
-                **state.metrics,
+                **without_gaps(state.metrics),
                 "signatures": {} if scored is None else scored.signatures,
                 "samples": [] if scored is None else scored.records,
             }
@@ -77,5 +78,5 @@ def _evaluate(job: Job, comm: Communicator, mesh: Mesh) -> int:
 def _write(folder: Path, found: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path, aside = folder / EVALUATION, folder / f".{EVALUATION}"
-    aside.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    aside.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return aside.replace(path)

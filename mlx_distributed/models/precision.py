@@ -28,13 +28,13 @@ def compute_in(model: nn.Module, precision: Precision) -> None:
     if precision != "fp32":
         lowered: Any = model
         lowered.__class__ = mixed(_Lowered, type(model))
-        lowered.compute_dtype = _DTYPES[precision]
+        lowered.precision = precision
 
 
 def lower(model: nn.Module, parameters: dict) -> dict:
     """Parameters of a model as it computes with them: itself a copy for many calls, such as those of generation."""
-    dtype: mx.Dtype | None = getattr(model, "compute_dtype", None)
-    return parameters if dtype is None else cast(model, parameters, dtype)
+    precision = getattr(model, "precision", "fp32")
+    return parameters if precision == "fp32" else cast(model, parameters, _DTYPES[precision])
 
 
 def cast(model: nn.Module, parameters: dict, dtype: mx.Dtype) -> dict:
@@ -54,10 +54,9 @@ def check_range(model: nn.Module) -> None:
     Raises:
         ConfigError: a weight is too large for float16, or no number.
     """
-    dtype: mx.Dtype | None = getattr(model, "compute_dtype", None)
-    if dtype is None or dtype != mx.float16:
+    if getattr(model, "precision", "fp32") != "fp16":
         return
-    for name, array in dict(tree_flatten(cast(model, model.parameters(), dtype))).items():
+    for name, array in dict(tree_flatten(lower(model, model.parameters()))).items():
         if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
             raise ConfigError(
                 f"precision=fp16 cannot take this model: {name} has values beyond 65504, the largest of float16; "

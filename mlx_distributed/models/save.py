@@ -97,8 +97,8 @@ def describe_adapter(model: nn.Module, source: ModelConfig, method: Method, lora
     assert source.path is not None, "an adapter needs a stored model below it"
     keys = {name for block in layers(model) for name, module in block.named_modules() if "lora_a" in module}
     base = Path(source.path).expanduser()
-    quantized = {} if source.quantize.bits is None else {"trained_on": {"quantization": asdict(source.quantize)}}
-    return quantized | {
+    quantized = {} if source.quantize.bits is None else {"quantization": asdict(source.quantize)}  # of what is below it
+    return {
         "model": str(base.resolve()) if base.exists() else source.path,
         "revision": source.revision,
         "fine_tune_type": method,
@@ -109,6 +109,7 @@ def describe_adapter(model: nn.Module, source: ModelConfig, method: Method, lora
             "dropout": lora.dropout,
             "keys": sorted(keys),
         },
+        **quantized,
     }
 
 

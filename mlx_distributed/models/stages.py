@@ -29,6 +29,8 @@ class Span:
     start: int
     stop: int
     num_layers: int
+    head: bool = True
+    """Whether norm and head go with the last layer."""
 
     @property
     def is_first(self) -> bool:
@@ -38,7 +40,7 @@ class Span:
     @property
     def is_last(self) -> bool:
         """Whether logits come out."""
-        return self.stop == self.num_layers
+        return self.head and self.stop == self.num_layers
 
 
 class Stage(nn.Module):
@@ -75,12 +77,12 @@ class Stage(nn.Module):
             return handover.hidden
 
 
-def cut(model: nn.Module, start: int, stop: int) -> Stage:
+def cut(model: nn.Module, start: int, stop: int, head: bool = True) -> Stage:
     """Turn a model into its stage of layers [start, stop): the same object, with nothing left of other stages.
 
     To be done last, with a model that was loaded and prepared lazily: only then are the weights of the stage read or
     drawn, layer by layer, and those of other stages never. With tied embeddings the first and the last stage hold the
-    matrix, under its one name.
+    matrix, under its one name. `head` is as of `Span`.
 
     Raises:
         ConfigError: there are no such layers, the model cannot be cut, or its weights cannot be read.
@@ -90,7 +92,7 @@ def cut(model: nn.Module, start: int, stop: int) -> Stage:
         raise ConfigError(
             f"a stage of layers {start} to {stop} (exclusive) does not fit the {outline.num_layers} layers of the model"
         )
-    span, modules = Span(start, stop, outline.num_layers), dict(model.named_modules())
+    span, modules = Span(start, stop, outline.num_layers, head), dict(model.named_modules())
     stage = _remove(model, modules, outline, span)
     try:
         stage(_example(outline, span))  # Lazy: it costs nothing and shows whether everything that is read is there.
@@ -103,6 +105,12 @@ def cut(model: nn.Module, start: int, stop: int) -> Stage:
         mx.eval(stage.state)
     except RuntimeError as error:
         raise ConfigError(f"the weights of layers {start} to {stop} (exclusive) cannot be read: {error}") from error
+    return stage
+
+
+def pass_by(stage: Stage, number: int) -> Stage:
+    """Take a layer away from a stage, by its number in the model: what enters goes on in its place."""
+    _replace(stage.layers[number], _Before, stage._passage)
     return stage
 
 
@@ -139,7 +147,7 @@ def _remove(model: nn.Module, modules: dict[str, nn.Module], outline: Outline, s
             _replace(modules[name], _Embedding, passage)
     if not span.is_last:
         for name in outline.norm_and_head:
-            _strip(modules[name])
+            _replace(modules[name], _After, passage)
     stage: Any = model
     stage.__class__ = mixed(Stage, type(model))
     stage.span, stage._passage = span, passage
@@ -206,7 +214,7 @@ class _Before(Absent):
 
 
 class _After(Absent):
-    """In place of a layer of a later stage."""
+    """In place of a layer of a later stage, or of a norm or a head."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> mx.array:
         raise _Handover(next(iter((*args, *kwargs.values()))))

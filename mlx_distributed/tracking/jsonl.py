@@ -94,8 +94,12 @@ class JsonlTracker:
 
 def _lines(records: Iterable[Mapping[str, Any]], step: int) -> Iterable[str]:
     for record in records:
-        values = {name: None if _is_gap(value) else value for name, value in record.items()}
-        yield json.dumps({"step": step, **values}, allow_nan=False) + "\n"
+        yield json.dumps({"step": step, **without_gaps(record)}, allow_nan=False) + "\n"
+
+
+def without_gaps(record: Mapping[str, Any]) -> dict[str, Any]:
+    """`record` with None for what is no number, or infinite."""
+    return {name: None if _is_gap(value) else value for name, value in record.items()}
 
 
 def _is_gap(value: object) -> bool:

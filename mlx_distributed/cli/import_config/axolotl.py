@@ -13,6 +13,7 @@ from mlx_distributed.cli.import_config.rules import (
     Theirs,
     Tool,
     choose,
+    count,
     each,
     mapped,
     missing,
@@ -36,6 +37,8 @@ from mlx_distributed.cli.import_config.trainer import (
     QUANTISED,
     RULES,
     batch,
+    if_streamed,
+    quantised,
     same,
 )
 
@@ -101,12 +104,11 @@ def _packing(value: Any, place: Place) -> Fate:
 
 def _metrics(value: Any, place: Place) -> Fate:
     ours = {"sacrebleu": "bleu", "chrf": "chrf"}
-    values = {"eval.metrics": [ours[name] for name in names(value) if name in ours]}
-    others = [name for name in names(value) if name not in (*ours, "perplexity")]
-    if others or not values["eval.metrics"]:
-        words = f"not measured here: {', '.join(others)}" if others else "perplexity is always measured"
-        return Fate("no counterpart" if others else "not needed", words, values if values["eval.metrics"] else {})
-    return mapped(values)
+    found = [ours[name] for name in names(value) if name in ours]
+    values = {"eval.metrics": found} if found else {}
+    if others := [name for name in names(value) if name not in (*ours, "perplexity")]:
+        return Fate("no counterpart", f"not measured here: {', '.join(others)}", values)
+    return mapped(values) if found else Fate("not needed", "perplexity is always measured")
 
 
 AXOLOTL = Tool(
@@ -181,7 +183,9 @@ AXOLOTL = Tool(
             "expert_parallel_size expert_parallel_num_nvl_bytes expert_parallel_token_capacity heads_k_stride",
             ONE_PROGRAM,
         ),
-        **each("load_in_4bit load_in_8bit quantize_moe_experts model_quantization_config", QUANTISED),
+        "load_in_4bit": quantised(4),
+        "load_in_8bit": quantised(8),
+        **each("quantize_moe_experts model_quantization_config", QUANTISED),
         **each("model_quantization_config_kwargs bnb_config_kwargs gptq gptq_groupsize gptq_model_v1", QUANTISED),
         **each("gptq_disable_exllama", QUANTISED),
         **each(

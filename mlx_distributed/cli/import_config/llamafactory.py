@@ -36,6 +36,8 @@ from mlx_distributed.cli.import_config.trainer import (
     QUANTISED,
     RULES,
     batch,
+    quantised,
+    if_streamed,
     same,
     trackers,
 )
@@ -198,7 +200,7 @@ LLAMAFACTORY = Tool(
         "mask_history": _masked("last"),
         **each("packing neat_packing", Rule(_packing, ("data.packing",))),
         "disable_gradient_checkpointing": Rule(_checkpointing, ("train.gradient_checkpointing",)),
-        "pure_bf16": choose("model.dtype", {True: "bfloat16"}, unneeded("switched off")),
+        "pure_bf16": choose("precision", {True: "bf16"}, unneeded("switched off")),
         "predict_with_generate": choose("eval.generate", {True: True, False: False}, unneeded("is neither")),
         "max_new_tokens": to("eval.max_new_tokens", count),
         "report_to": Rule(_report, ("wandb.project",)),
@@ -223,7 +225,8 @@ LLAMAFACTORY = Tool(
         ),
         "plot_loss": unneeded("the loss is in metrics.jsonl"),
         **each("include_num_input_tokens_seen include_effective_tokens_per_second", unneeded("are in metrics.jsonl")),
-        **each("quantization_bit double_quantization", QUANTISED),
+        "quantization_bit": quantised(None),
+        "double_quantization": QUANTISED,
         **each("quantization_method quantization_type quantization_device_map", DETAIL),
         **each(
             "adapter_name_or_path adapter_folder create_new_adapter",

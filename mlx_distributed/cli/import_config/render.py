@@ -93,11 +93,11 @@ def _nested(translation: Translation) -> dict[str, Any]:
             continue
         key, _, entry = rest.partition(".")
         keys = nested.setdefault(section, {})
-        if entry:
-            index, _, inner = entry.partition(".")
+        index, _, inner = entry.partition(".")
+        if inner:
             keys.setdefault(key, {}).setdefault(int(index), {})[inner] = value
         else:
-            keys[key] = (value, comment)
+            keys[key] = ({entry: value} if entry else value, comment)
     return nested
 
 

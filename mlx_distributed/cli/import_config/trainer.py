@@ -28,6 +28,7 @@ from mlx_distributed.cli.import_config.rules import (
 )
 from mlx_distributed.config.names import OURS_BY_ALIAS
 
+BITS = (2, 3, 4, 6, 8)
 ADAMW = ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw_anyprecision")
 
 
@@ -153,13 +154,26 @@ def trackers(value: Any, project: str | None, otherwise: str) -> Fate:
     return mapped(ours)
 
 
-def _dtype(value: Any, name: str) -> Fate:
-    """Mixed precision there; the frozen weights here."""
-    if value == "auto":
-        return Fate("not needed", "weights keep the type that they are stored in")
-    if not switch(value):
+def _precision(value: Any, place: Place) -> Fate:
+    """`auto` is bf16 where the hardware has it, unless fp16 is asked for."""
+    wanted = not place.theirs.on("fp16") if value == "auto" else value == "full" or switch(value)
+    if not wanted:
         return Fate("not needed", "switched off")
-    return mapped({"model.dtype": name}, "of frozen weights; whatever is trained is float32")
+    return mapped({"precision": place.name}, "whatever is trained is float32 besides")
+
+
+def quantised(bits: int | None) -> Rule:
+    """A switch for weights of so many bits; None where the value says how many."""
+
+    def decide(value: Any, place: Place) -> Fate:
+        if off(value):
+            return Fate("not needed", "switched off")
+        num_bits = count(value) if bits is None else bits
+        if num_bits not in BITS or (bits and not switch(value)):
+            return Fate("no counterpart", f"weights are quantised to {', '.join(map(str, BITS))} bits")
+        return mapped({"model.quantize.bits": num_bits}, "in groups of 64, each with a scale and an offset")
+
+    return Rule(decide, ("model.quantize.bits",))
 
 
 def _early(value: Any, place: Place) -> Fate:
@@ -180,7 +194,7 @@ ONE_PROGRAM = unneeded("of how the model is spread over GPUs; here every worker 
 KERNELS = unneeded("of how it is computed there")
 LOADING = unneeded("of how the data are read")
 OBJECTIVE = refuse("trains by another objective than that of answers")
-QUANTISED = missing("weights are not quantised when they are loaded; give a model that is stored so as model.path")
+QUANTISED = missing("model.quantize has bits and group_size alone; or give a model that is stored quantised")
 
 RULES: dict[str, Rule] = {
     **same("logging_steps", count),
@@ -205,7 +219,7 @@ RULES: dict[str, Rule] = {
     **each("warmup_steps warmup_ratio", Rule(_warmup, ("scheduler.warmup_steps", "scheduler.warmup_ratio"))),
     "gradient_checkpointing": to("train.gradient_checkpointing", lambda value: not off(value)),
     "streaming": Rule(_streaming, ("data.streaming",)),
-    "neftune_noise_alpha": missing("noise on embeddings is not here"),
+    "neftune_noise_alpha": to("train.neftune_noise_alpha", lambda value: None if off(value) else number(value)),
     "save_steps": _every("checkpoint.steps", ("save_strategy",)),
     "save_strategy": _strategy("checkpoint.steps"),
     "saves_per_epoch": _per_epoch("checkpoint.steps"),
@@ -222,8 +236,7 @@ RULES: dict[str, Rule] = {
     ),
     **each("early_stopping_patience early_stopping_steps", Rule(_early, ("eval.patience",))),
     "run_name": to("wandb.name", str),
-    "bf16": Rule(lambda value, place: _dtype(value, "bfloat16"), ("model.dtype",)),
-    "fp16": Rule(lambda value, place: _dtype(value, "float16"), ("model.dtype",)),
+    **each("bf16 fp16", Rule(_precision, ("precision",))),
     **each("resume_from_checkpoint auto_resume_from_checkpoints", missing("say mlx-train --resume")),
     **each(
         "deepspeed fsdp fsdp_config fsdp_version ddp ddp_timeout ddp_find_unused_parameters ddp_bucket_cap_mb "

@@ -1,4 +1,4 @@
-"""`train.memory_budget`: what a run is expected to take is compared with it before the start, and with the peak after."""
+"""`train.memory_budget`: what a run will take is compared with it before the start, and with the peak at the end."""
 
 from __future__ import annotations
 

@@ -106,9 +106,16 @@ def make_load(config: Config, rows: TokenizedCorpus | None) -> Load:
     ranges = share(num_microbatches, rank_weights(config.parallel.share, num_copies))
     areas = [num_rows * length for num_rows, length in sizes]
     longest = areas.index(max(areas))
-    shape = Shape(*sizes[longest], pipeline.activations == "keep", config.train.gradient_checkpointing)
+    most = max(1, *(stop - start for start, stop in ranges))
+    one_piece = pipeline.num_stages == 1
+    shape = Shape(
+        *sizes[longest],
+        keep=pipeline.activations == "keep" and not one_piece,
+        checkpointed=config.train.gradient_checkpointing,
+        order="stage" if not one_piece else "buckets" if most > 1 else "bucket by bucket",
+    )
     return Load(
-        num_microbatches=max(1, *(stop - start for start, stop in ranges)),
+        num_microbatches=most,
         num_sums=max(
             (len(cover(start, end, num_microbatches)) for start, stop in ranges for end in range(start + 1, stop)),
             default=1,

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import chain
+from typing import Literal
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map, tree_unflatten
 
 from mlx_distributed.cli.plan.graph import Phase, trace
-from mlx_distributed.comm.buckets import Arrays
+from mlx_distributed.comm.buckets import Arrays, to_buckets
 from mlx_distributed.models import trainable
 from mlx_distributed.models.costs import Cost, costs
 from mlx_distributed.models.outline import describe
-from mlx_distributed.models.stages import Stage, cut
+from mlx_distributed.models.stages import Stage, cut, pass_by
 from mlx_distributed.train.loss import summed_loss
 from mlx_distributed.train.outer import twin
+from mlx_distributed.train.setup import gradient_layout
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class StageWork:
     residual_bytes: int
     """Between the two parts of a backward pass that is split."""
     working_bytes: int
-    """The most that is held meanwhile for the micro-batch that is computed, beside `held_bytes`."""
+    """The most that is held meanwhile for the micro-batch that is computed, beside `held_bytes`; of one that is
+    evaluated bucket by bucket, beside its gradient."""
 
     @property
     def flops(self) -> float:
@@ -55,6 +58,9 @@ class Shape:
     """As `parallel.pipeline.activations`."""
     checkpointed: bool
     """As `train.gradient_checkpointing`."""
+    order: Literal["stage", "buckets", "bucket by bucket"] = "stage"
+    """In which gradients are evaluated: as in a stage of a pipeline, by name; as in `train.phases`, from the last layer
+    to the first; or, of the only micro-batch of a worker in a step, after the loss and bucket by bucket."""
 
 
 class Model:
@@ -87,8 +93,7 @@ class Model:
 
     def _work(self, start: int, stop: int, shape: Shape) -> StageWork:
         """Of the stage of layers [start, stop)."""
-        cuts = range(start, stop + 1) if shape.checkpointed else (start, stop)
-        pieces = [cut(twin(self._model), *pair) for pair in pairwise(cuts)]
+        pieces = self._pieces(start, stop, shape)
         parameters = [trainable(piece) for piece in pieces]
         first, last = start == 0, stop == self.num_layers
         hidden = shape.num_rows, shape.length, self.outline.width
@@ -102,12 +107,21 @@ class Model:
 
         def backward(incoming: mx.array, cotangent: mx.array, *values: mx.array) -> list[list[mx.array]]:
             result, of_input, gradients = _vjp(pieces, parameters, incoming, cotangent, targets, values)
-            return [[result], of_input, gradients] if shape.keep else [of_input, [result, *gradients]]
+            buckets = to_buckets(gradient_layout(gradients), gradients)
+            if shape.order == "bucket by bucket":
+                return [[result], *buckets]
+            flat = [*gradients.values()][::-1] if shape.order == "stage" else [*chain(*buckets)]
+            return [[result], of_input, flat] if shape.keep else [of_input, [result, *flat]]
 
         values = [value for own in parameters for value in own.values()]
         try:
             ran, *phases = Phase(0.0, 0, 0), *trace(backward, [incoming, cotangent, *values])
-            if shape.keep:
+            if shape.order == "bucket by bucket":
+                ran, *rest = phases
+                peak_bytes = max(phase.peak_bytes for phase in phases) - sum(value.nbytes for value in values)
+                phases = [Phase(sum(phase.flops for phase in rest), peak_bytes, 0), Phase(0.0, 0, 0)]
+                ran = Phase(ran.flops, 0, 0)
+            elif shape.keep:
                 ran, *phases = phases
             elif not last:
                 ran = trace(forward, [incoming])[0]._replace(held_bytes=0)  # What is made is sent away.
@@ -123,6 +137,15 @@ class Model:
             residual_bytes=of_input.held_bytes,
             working_bytes=max(ran.peak_bytes, of_input.peak_bytes, of_weights.peak_bytes) - ran.held_bytes,
         )
+
+    def _pieces(self, start: int, stop: int, shape: Shape) -> list[Stage]:
+        """What is computed again at a time, layer by layer; or all at once. A head is not computed again."""
+        if not shape.checkpointed:
+            return [cut(twin(self._model), start, stop)]
+        pieces = [cut(twin(self._model), number, number + 1, head=False) for number in range(start, stop)]
+        if stop == self.num_layers:
+            pieces.append(pass_by(cut(twin(self._model), stop - 1, stop), stop - 1))
+        return pieces
 
 
 def _zeros(shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
@@ -152,25 +175,31 @@ def _vjp(
     cotangent: mx.array,
     targets: mx.array,
     values: Sequence[mx.array],
-) -> tuple[mx.array, list[mx.array], list[mx.array]]:
+) -> tuple[mx.array, list[mx.array], Arrays]:
     """Result, gradient of the input unless it is tokens, and gradients of what is trained.
 
-    Several pieces are computed as `mx.checkpoint` has it: of each its input is kept, and once its cotangent is there it
-    is computed again.
+    Several pieces are computed as `mx.checkpoint` has it: of each its input is kept, and it is computed again when its
+    output is there, which MLX does where the backward pass comes to it.
     """
     left = iter(values)
     given = [{name: next(left) for name in own} for own in parameters]
     for piece, own in zip(pieces, given, strict=True):
         piece.update(tree_unflatten(list(own.items())))
-    *inputs, result = _inputs(pieces, incoming, targets)
+    head = pieces[-1] if len(pieces) == 1 or pieces[-1].span.is_last else None
+    inputs = _inputs(pieces[:-1] if head else pieces, incoming, targets)
     of_input: list[mx.array] = [cotangent]
-    gradients: list[mx.array] = []
-    for piece, own, entering in zip(pieces[::-1], given[::-1], inputs[::-1], strict=True):
-        if len(pieces) > 1:
-            entering = mx.depends([entering], of_input)[0]
-        again, of_input, of_weights = _vjp_of(piece, own, entering, of_input, targets)
-        gradients = of_weights + gradients
-    return again if len(pieces) == 1 else result, of_input, gradients
+    gradients: Arrays = {}
+    result = inputs[-1]
+    for index in reversed(range(len(pieces))):
+        entering = inputs[index]
+        if pieces[index] is not head:
+            entering = mx.depends([entering], [inputs[index + 1]])[0]
+        again, of_input, of_weights = _vjp_of(pieces[index], given[index], entering, of_input, targets)
+        for name, gradient in zip(given[index], of_weights, strict=True):  # What is tied may be in two pieces.
+            gradients[name] = gradients[name] + gradient if name in gradients else gradient
+        if pieces[index] is head:
+            result = again
+    return result, of_input, gradients
 
 
 def _vjp_of(

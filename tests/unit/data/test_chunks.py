@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,28 @@ def test_another_version_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"rows %d " % VERSION, b"rows %d " % (VERSION + 1), 1))
     with pytest.raises(Damaged, match=rf"another version of this program \(format {VERSION + 1}, not {VERSION}\)"):
         Chunk(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"no JSON\n",
+        b"[]\n",
+        b"[" * 100_000 + b"\n",
+        b'{"after": {}, "ended": false, "num_rows": -1}\n' + b"\xff" * 12,
+        b'{"after": {}, "ended": false, "num_rows": 1000000000000}\n',
+        b'{"after": {"place": 0}, "ended": false, "num_rows": 0}\n',
+        b'{"after": {}, "num_rows": 0}\n',
+        b'{"after": {}, "ended": false, "num_rows": 1}\n' + b"\xff" * 12,
+        b'{"after": {}, "ended": false, "num_rows": 1}\n' + b"\x01" * 12,
+    ],
+)
+def test_what_others_have_written_is_refused_though_its_hash_is_right(tmp_path: Path, text: bytes) -> None:
+    digest = hashlib.sha256(text).hexdigest().encode()
+    (tmp_path / "a.rows").write_bytes(b"mlx-distributed rows %d %s\n%s" % (VERSION, digest, text))
+    with pytest.raises(Damaged, match="was not written by this program"):
+        Chunk(tmp_path / "a.rows")
 
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -220,6 +221,34 @@ def test_several_processes_build_each_chunk_once(
     assert [path.stem for path in built] == [f"{number:08d}" for number in range(5)]
     assert all(path.read_bytes() == (shared / path.name).read_bytes() for path in built)
     assert not [*shared.glob("*.tmp*")]
+
+
+def test_chunks_that_nobody_waits_for_do_not_hold_up_the_process_that_builds(open_plan: Open, tmp_path: Path) -> None:
+    plan = open_plan(tmp_path, "b", builder=Builder)
+    workshop = plan.rows.workshops[0]
+    plan.rows.lengths(0, range(16))
+    (workshop.folder / "notes.rows").touch()
+    for number in range(1, 300):  # More answers than the line between the two holds.
+        plan.rows.ask(0, range(number * CHUNK_ROWS, (number + 1) * CHUNK_ROWS))
+        while not workshop.path(number).exists():
+            time.sleep(0.001)
+
+
+def test_the_few_rows_at_the_end_are_not_too_many_invalid_ones(
+    open_plan: Open, folder: Path, tmp_path: Path
+) -> None:
+    lines = (folder / "b.jsonl").read_text().split("\n")
+    (folder / "f.jsonl").write_text("\n".join([*lines, "{"]))
+    plan = open_plan(tmp_path, "f", builder=Here)
+    assert (plan.rows.lengths(0, range(17)) > 0).tolist() == [True] * 16 + [False]
+
+
+def test_rows_none_of_which_fit(open_plan: Open, tmp_path: Path) -> None:
+    plan = open_plan(tmp_path, micro_batch_tokens=128)
+    plan.rows.workshops = [replace(each, data=replace(each.data, max_seq_length=2)) for each in plan.rows.workshops]
+    plan.rows._builder.workshops = plan.rows.workshops
+    with pytest.raises(StreamError, match="of the 24 rows of steps 1 to 6 only 0 can be trained on"):
+        plan.microbatches(0)
 
 
 def test_a_folder_that_cannot_be_written_to(open_plan: Open, tmp_path: Path) -> None:
