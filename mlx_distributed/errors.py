@@ -57,3 +57,8 @@ class CommError(MlxDistributedError):
         super().__init__(f"{op} failed after {elapsed_s:.1f} s:{who} {reason} (generation {generation})")
         self.op, self.peer, self.generation = op, peer, generation
         self.elapsed_s, self.reason = elapsed_s, reason
+
+
+def printable(text: str) -> str:
+    """`text` of others on one line and with nothing that a terminal would obey."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)

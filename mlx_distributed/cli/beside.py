@@ -9,6 +9,7 @@ import mlx.core as mx
 from mlx_distributed.cli.data_report import record_data
 from mlx_distributed.cli.load import Loaded, load_whole
 from mlx_distributed.cli.measure import make_evaluate, pays_no_more
+from mlx_distributed.cli.plan.budget import verdict
 from mlx_distributed.cli.report import comparison, next_steps, sample_lines, step_metrics
 from mlx_distributed.comm.base import Communicator
 from mlx_distributed.config import Config
@@ -135,6 +136,8 @@ class Beside:
                 f"stopped early after step {state.step}: in {config.eval.patience} evaluations "
                 f"{config.checkpoint.metric_for_best} has not become better by more than {config.eval.min_delta:g}"
             )
+        if loaded.expected_bytes is not None and (line := verdict(loaded.expected_bytes, mx.get_peak_memory())):
+            self._trackers.message(line)
         if chosen is not None:
             trained = (array for _, array in chosen.each_parameter())
         final = config.output_dir / "final"

@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from mlx_distributed.errors import MlxDistributedError
+from mlx_distributed.errors import MlxDistributedError, printable
 
 INTERRUPTED = 130
 
@@ -36,7 +36,7 @@ def run(body: Callable[[], int], debug: bool) -> int:
     try:
         status, error = describe(body, debug)
         if error is not None:
-            print(f"error: {error}", file=sys.stderr)
+            print("\n".join(map(printable, f"error: {error}".split("\n"))), file=sys.stderr)
         sys.stdout.flush()
     except BrokenPipeError:
         # Python flushes stdout once more at exit, which must not fail again.

@@ -60,6 +60,8 @@ class Loaded:
     """What the user says first, for people to try the model with."""
     staged: Staged | None = None
     """Where the model is cut into stages, this worker's; `model` is its part then."""
+    expected_bytes: int | None = None
+    """That MLX will hold at most, where `train.memory_budget` is set and the model is in one piece."""
 
 
 def load_rows(config: Config) -> tuple[TokenizerWrapper, TokenizedCorpus]:
@@ -131,6 +133,12 @@ def load_all(
         settled = settle(model, config, None if config.data.streaming else rows, comm, machines)
         staged = cut_into_stages(model, config, settled.settings, pipeline, settled.reason)
         model, parts = staged.model, [*staged.pipeline.stages.values()]
+    expected_bytes = None
+    if config.train.memory_budget is not None and pipeline is None:
+        from mlx_distributed.cli.plan.budget import expect  # As above.
+
+        known = None if config.data.streaming else rows
+        expected_bytes = expect(config, known, config.train.memory_budget, lambda other: load_whole(other, tokenizer))
     for part in parts:
         check_range(part)
         if config.data.packing:
@@ -170,7 +178,9 @@ def load_all(
     # A run may go on with other settings, but never with other ones on some of its workers.
     settings = {name: to_dict(config)[name] for name in ("train", "optimizer", "scheduler", "eval", "checkpoint")}
     check_same(facts | {"validation data": rows.validation_digest, "configuration": json.dumps(settings)}, comm)
-    return Loaded(model, tokenizer, architecture, rows, train, plan, facts, example_prompt(corpus), staged)
+    return Loaded(
+        model, tokenizer, architecture, rows, train, plan, facts, example_prompt(corpus), staged, expected_bytes
+    )
 
 
 def load_whole(config: Config, tokenizer: TokenizerWrapper) -> nn.Module:
@@ -234,9 +244,9 @@ def make_plan(config: Config, rows: TokenizedCorpus) -> Plan:
     limit, num_stages = config.train.micro_batch_tokens, config.parallel.pipeline.num_stages
     if limit is not None and plan.num_microbatches < config.parallel.size // num_stages:
         raise ConfigError(
-            f"{workers_key(config.parallel)}={config.parallel.size}: a step of train.global_batch_size={plan.global_batch_size} rows "
-            f"has at most {plan.num_microbatches} micro-batches of train.micro_batch_tokens={limit}, so a worker would "
-            f"have nothing to do; use {plan.num_microbatches * num_stages} workers or fewer, fewer "
-            "tokens, or more rows"
+            f"{workers_key(config.parallel)}={config.parallel.size}: a step of "
+            f"train.global_batch_size={plan.global_batch_size} rows has at most {plan.num_microbatches} micro-batches "
+            f"of train.micro_batch_tokens={limit}, so a worker would have nothing to do; use "
+            f"{plan.num_microbatches * num_stages} workers or fewer, fewer tokens, or more rows"
         )
     return plan

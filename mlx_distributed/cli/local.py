@@ -39,9 +39,10 @@ ONE_MACHINE: Mapping[str, Any] = {
 """Where the workers of a group are that is on one machine."""
 
 MEMORY_HINT = (
-    "hint: a worker that is ended so has often run out of memory; less is taken with train.gradient_checkpointing=true, a "
-    "smaller train.micro_batch_size or train.micro_batch_tokens, or optimizer.shard=true with several workers, and "
-    "mlx-distributed plan says how much. --resume goes on from the last checkpoint"
+    "hint: a worker that is ended so has often run out of memory; less is taken with "
+    "train.gradient_checkpointing=true, a smaller train.micro_batch_size or train.micro_batch_tokens, or "
+    "optimizer.shard=true with several workers, and mlx-distributed plan says how much. --resume goes on from the last "
+    "checkpoint"
 )
 OPENBLAS_HINT = (
     "hint: OpenBLAS is not installed, and the matrix product that comes with MLX for Linux is many times slower; "

@@ -11,8 +11,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_distributed.cli.load import Loaded
-from mlx_distributed.cli.printable import printable
 from mlx_distributed.config import Config, to_dict
+from mlx_distributed.errors import printable
 from mlx_distributed.train.best import EVAL_LOSS
 from mlx_distributed.train.evaluation import Sample
 from mlx_distributed.train.step_info import StepInfo

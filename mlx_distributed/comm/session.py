@@ -33,12 +33,14 @@ from mlx_distributed.errors import CommError
 LINGER_S = 0.5
 """How long a rank that leaves because of a failure waits for its peers to read the reason."""
 
+HEAR_OUT_S = 0.2
+"""How long a rank that is given up may still say for whom it has waited; its own deadline ends at about this time."""
+
 MAX_QUEUED = 2
 """Frames of this rank's parts that wait for the stream to a peer at a time."""
 
 MAX_REASON_CHARS = 2000
 """Of what a peer says on leaving."""
-
 
 _OF_A_REDUCTION = (Kind.PART, Kind.END, Kind.RESULT)
 
@@ -355,7 +357,7 @@ class Session:
 
     async def _trace(self) -> None:
         """Hear out whom we give up, but not for long: it may have waited for another one, as in a pipeline."""
-        limit_s = time.monotonic() + LINGER_S
+        limit_s = time.monotonic() + HEAR_OUT_S
         while self.failure is not None and (peer := self.failure[0]) is not None:
             if peer in self._held_up:
                 self.failure = self._held_up.pop(peer)

@@ -15,6 +15,7 @@ from typing import Any
 from mlx_distributed.config.eval_checks import check_eval
 from mlx_distributed.config.precision_checks import check_precision
 from mlx_distributed.config.problem import Problem
+from mlx_distributed.config.quantities import parse_bytes
 from mlx_distributed.config.schema import (
     LENGTH_MULTIPLE,
     Config,
@@ -162,7 +163,7 @@ def _data(data: DataConfig) -> Iterator[Problem]:
 
 
 def _step(config: Config) -> Iterator[Problem]:
-    if config.train.memory_budget is not None and config.train.budget_bytes is None:
+    if config.train.memory_budget is not None and parse_bytes(config.train.memory_budget) is None:
         rule = "must be above 0 and written as in 12GB or 8GiB; leave it out to set no limit"
         yield Problem("train.memory_budget", rule)
     # The workers of one copy of the model compute the same micro-batches.

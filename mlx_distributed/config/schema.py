@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mlx_distributed.config.quantities import parse_bytes
-
 LENGTH_MULTIPLE = 8
 """With `packing` or `micro_batch_tokens` the lengths of micro-batches are multiples of it, so that there are few: MLX
 keeps buffers by their size."""
@@ -25,8 +23,7 @@ RougeTokenize = Literal["ascii", "unicode"]
 @dataclass(frozen=True)
 class QuantizeConfig:
     bits: int | None = None
-    """Of a frozen weight: 2, 3, 4, 6 or 8, as `mlx_lm.convert -q` makes them; null quantises nothing. For adapters, on
-    a model that is not stored quantised."""
+    """Of frozen weights: 2, 3, 4, 6 or 8, as `mlx_lm.convert -q` makes them, where they are not stored so already."""
     group_size: int = 64
     """Weights that share a scale and an offset: 32, 64 or 128."""
 
@@ -150,13 +147,7 @@ class TrainConfig:
     """Of each worker, such as `12GB`, for all that MLX holds. A run that would take more is refused before it starts,
     and in elastic training a worker that is killed is started again with half of what it computes at a time."""
     neftune_noise_alpha: float | None = None
-    """Noise on the embeddings in training, uniform within alpha / sqrt(tokens in a row x width), which makes answers of
-    chat models better; 5 to 15 are usual. null adds none."""
-
-    @property
-    def budget_bytes(self) -> int | None:
-        """`memory_budget` in bytes."""
-        return None if self.memory_budget is None else parse_bytes(self.memory_budget)
+    """Noise on the embeddings in training, uniform within alpha / sqrt(tokens in a row x width); usual are 5 to 15."""
 
     @property
     def num_microbatches(self) -> int:
@@ -383,10 +374,9 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """What the model computes in. Trained weights, their gradient sums and their moments are float32 in any case. With
-    `bf16` and `fp16` frozen weights are held in 16 bits too, and `fp16` scales the loss: a step whose gradient is too
-    large is left out by all workers, with half the scale from then on. With `fp32` frozen weights are as `model.dtype`
-    says, and layers compute in that type."""
+    """What the model computes in; what is trained, its summed gradients and its moments are float32 anyway. `bf16` and
+    `fp16` hold frozen weights in 16 bits too; `fp16` scales the loss, and all workers leave out a step whose gradient
+    is too large for it. With `fp32` layers compute in the type of frozen weights, see `model.dtype`."""
     parallel: ParallelConfig = ParallelConfig()
     elastic: ElasticConfig = ElasticConfig()
     eval: EvalConfig = EvalConfig()

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mlx_distributed.errors import printable
+
 Role = Literal["system", "user", "assistant", "tool"]
 
 MARKS = ("\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3")
@@ -49,7 +51,7 @@ class Invalid:
     detail: str = ""
 
     def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}" if self.detail else self.reason
+        return printable(f"{self.reason}: {self.detail}" if self.detail else self.reason)
 
 
 def to_dicts(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -52,3 +52,20 @@ def test_packed_rows_within_a_budget_too(config: Path, tmp_path: Path) -> None:
     for folder in (two, resumed):
         assert digest(folder) == digest(alone), folder
         assert metrics(folder) == metrics(alone), folder
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_in_16_bits_too(config: Path, tmp_path: Path, precision: str) -> None:
+    alone, sharded, resumed = (tmp_path / name for name in ("alone", "sharded", "resumed"))
+    same = [f"precision={precision}", "method=lora", "lora.dropout=0.1", "train.neftune_noise_alpha=5"]
+    same += ["train.max_steps=5", "checkpoint.steps=2"]
+    train_all(config, {alone: same, sharded: [*same, *VARIANTS["2 workers, sharded"]]})
+    shutil.copytree(sharded, resumed)
+    shutil.rmtree(resumed / "final")
+    for folder in checkpoints(resumed)[1:]:
+        shutil.rmtree(folder)
+    train_all(config, {resumed: [*same, *VARIANTS["3 workers, sharded"], "--resume"]})
+    assert ("train/loss_scale" in metrics(alone)[0]) == (precision == "fp16")
+    for folder in (sharded, resumed):
+        assert digest(folder) == digest(alone), folder
+        assert metrics(folder) == metrics(alone), folder

@@ -9,6 +9,7 @@ from datetime import timedelta
 from mlx_distributed.cli.bench.table import format_time
 from mlx_distributed.cli.doctor.case import Case
 from mlx_distributed.cli.doctor.finding import Finding, counted
+from mlx_distributed.cli.load import load_whole
 from mlx_distributed.cli.plan.estimate import Planner
 from mlx_distributed.cli.plan.inputs import make_load, read_workers
 from mlx_distributed.cli.plan.refusal import check_fit
@@ -38,19 +39,19 @@ class Estimate:
 
 def estimate(case: Case) -> Estimate | str:
     """Or why there is none; the model is changed."""
-    if case.model is None or case.plan is None or case.tokenized is None:
+    if case.model is None or case.plan is None or case.tokenizer is None or case.tokenized is None:
         return ""
-    config, plan = case.config, case.plan
+    config, plan, tokenizer, rows = case.config, case.plan, case.tokenizer, case.tokenized
     try:
         model = Model(case.model)
         workers = read_workers(config, model.outline.dtypes[0], None, None, None, LINK)
-        planner = Planner(model, workers, make_load(config, case.tokenized))
+        planner = Planner(model, workers, make_load(config, rows))
         found = planner.plan(config.parallel.pipeline)
     except ConfigError as error:
         return str(error)
     refusal = ""
     try:
-        check_fit(planner, found, config)
+        check_fit(planner, found, config, lambda other: (Model(load_whole(other, tokenizer)), make_load(other, rows)))
     except ConfigError as error:
         refusal = str(error)
     return Estimate(

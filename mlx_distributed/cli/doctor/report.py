@@ -33,7 +33,7 @@ from mlx_distributed.cli.doctor.tokens import (
     check_template,
     count_labels,
 )
-from mlx_distributed.cli.printable import printable
+from mlx_distributed.errors import printable
 
 WIDTH = 100
 _COLUMN = 26

@@ -232,8 +232,7 @@ AXOLOTL = Tool(
         ),
         **each("resize_token_embeddings_to_32x shrink_embeddings", missing("the vocabulary stays as it is")),
         **each(
-            "dataset_processes dataset_num_proc dataset_keep_in_memory push_dataset_to_hub "
-            "strict debug",
+            "dataset_processes dataset_num_proc dataset_keep_in_memory push_dataset_to_hub strict debug",
             LOADING,
         ),
         "dataset_prepared_path": if_streamed(to_path("data.cache_dir")),

@@ -36,8 +36,8 @@ from mlx_distributed.cli.import_config.trainer import (
     QUANTISED,
     RULES,
     batch,
-    quantised,
     if_streamed,
+    quantised,
     same,
     trackers,
 )

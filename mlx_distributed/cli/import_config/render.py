@@ -8,9 +8,9 @@ from typing import Any
 
 from mlx_distributed.cli.import_config.rules import shown
 from mlx_distributed.cli.import_config.translate import Finding, Translation
-from mlx_distributed.cli.printable import printable
 from mlx_distributed.config.dump import to_inline
 from mlx_distributed.config.schema import Config, SourceConfig
+from mlx_distributed.errors import printable
 
 KINDS = {
     "refused": "changes what is trained, and is not here",

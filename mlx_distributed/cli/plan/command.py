@@ -56,10 +56,11 @@ def _plan(args: argparse.Namespace) -> int:
         overrides.append(f"parallel.nproc={args.nproc}")
     config = load_config(args.config, overrides)
     choose_device(config.train.device)
-    model, load, notes = read_run(config)
+    make, notes = read_run(config)
+    model, load = make(config)
     workers = read_workers(config, model.outline.dtypes[0], args.speeds, args.memory, args.flops, args.link)
     planner = Planner(model, workers, load)
     plan = planner.plan(config.parallel.pipeline)
-    check_fit(planner, plan, config)
+    check_fit(planner, plan, config, make)
     print("\n".join(lines(planner, plan, config, notes)))
     return 0

@@ -46,7 +46,8 @@ class Load:
 
     num_microbatches: int
     num_sums: int
-    """Of gradients that are held at most, while micro-batches are added up."""
+    """Of gradients that are held at most, while micro-batches are added up; of a model in one piece, while another one
+    than the last is computed, whose gradient comes to them."""
     shape: Shape
     """Of the longest micro-batch: memory must do for it."""
     mean: float
@@ -55,6 +56,9 @@ class Load:
     """Of a value that travels between stages; 0 for those that the model computes with."""
     moments: float = 1.0
     """Share of the moments of its parameters that a worker has."""
+    num_sums_last: int = 0
+    """Of a model in one piece, gradients that are held when the last micro-batch is computed, its own among them; 0 in
+    a pipeline."""
 
 
 @dataclass(frozen=True)
@@ -214,6 +218,16 @@ class Planner:
         moments = round(MOMENTS_BYTES * cost.num_trainable * self.load.moments)
         return moments, GRADIENT_BYTES * cost.num_trainable * self.load.num_sums
 
+    def _largest(self, num_trainable: int, working_bytes: int) -> tuple[int, int]:
+        """Bytes of gradients, and to compute a micro-batch, of a model in one piece, when it takes most: with the last
+        micro-batch, or with another one, which takes `working_bytes`."""
+        load, size = self.load, GRADIENT_BYTES * num_trainable
+        last = self.model.work(0, self.model.num_layers, replace(load.shape, order="bucket by bucket"))
+        ways = [(load.num_sums_last * size, last.working_bytes)]
+        if load.num_microbatches > 1:
+            ways.append(((load.num_sums + 1) * size, working_bytes - size))
+        return max(ways, key=sum)
+
     def _works(self, split: Sequence[int]) -> list[StageWork]:
         return [self.model.work(*pair, self.load.shape) for pair in pairwise([0, *accumulate(split)])]
 
@@ -260,6 +274,9 @@ class Planner:
                 for (kind, stage), number in sends.items()
                 if kind in ("SEND_F", "SEND_B")
             )
+            working_bytes = max(works[stage].working(schedule.split_backward) for stage in own)
+            if self.load.num_sums_last:
+                gradients, working_bytes = self._largest(cost.num_trainable, working_bytes)
             stages = [costs.stages[stage] for stage in own]
             plans.append(
                 WorkerPlan(
@@ -268,7 +285,7 @@ class Planner:
                     optimizer_bytes=optimizer,
                     gradients_bytes=gradients,
                     held_bytes=simulation.peak_bytes[index],
-                    working_bytes=max(works[stage].working(schedule.split_backward) for stage in own),
+                    working_bytes=working_bytes,
                     memory_bytes=workers.memory_bytes[index],
                     in_flight=simulation.in_flight[index],
                     compute_s=sum(stage.forward_s + stage.backward_s + stage.weight_s for stage in stages),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import mlx.core as mx
 
 from mlx_distributed.cli.load import load_tokenizer, load_whole, make_plan
 from mlx_distributed.cli.plan.estimate import Load, Workers
-from mlx_distributed.cli.plan.machine import measure_flops, memory_bytes
+from mlx_distributed.cli.plan.machine import measure_flops, memory_bytes, planned_bytes
 from mlx_distributed.cli.plan.options import parse_flops, parse_link, parse_memory, parse_speeds
 from mlx_distributed.cli.plan.work import Model, Shape
 from mlx_distributed.comm.tree_sum import cover
@@ -26,8 +26,9 @@ MAX_STEPS = 1000
 """Steps whose micro-batches are looked at."""
 
 
-def read_run(config: Config) -> tuple[Model, Load, list[str]]:
-    """The model, what one copy of it computes in a step, and what there is to say about that.
+def read_run(config: Config) -> tuple[Callable[[Config], tuple[Model, Load]], list[str]]:
+    """What makes, of this configuration or of one that differs in what is trained alone, the model and what one copy of
+    it computes in a step; and what there is to say about that.
 
     Where the data cannot be read, micro-batches are taken to be as long as they may be; a model from scratch needs the
     data, as its tokenizer is trained from them.
@@ -44,13 +45,12 @@ def read_run(config: Config) -> tuple[Model, Load, list[str]]:
             raise
         notes.append(f"the data cannot be read, so micro-batches are as long as they may be: {error}")
     tokenizer = load_tokenizer(config, corpus)
-    model = load_whole(config, tokenizer)
     rows = None if corpus is None else tokenize_corpus(corpus, tokenizer, config.data)
     if config.parallel.sync != "step":
         notes.append(
             f"counted as with parallel.sync=step; {config.parallel.sync} takes further copies of what is trained"
         )
-    return Model(model), make_load(config, rows), notes
+    return lambda changed: (Model(load_whole(changed, tokenizer)), make_load(changed, rows)), notes
 
 
 def read_workers(
@@ -70,7 +70,9 @@ def read_workers(
     given_speeds = parse_speeds(speeds, num_workers)
     if speeds is None and not isinstance(pipeline.speeds, str):
         given_speeds = pipeline.speeds
-    given_bytes = parse_memory(memory, num_workers, config.train.budget_bytes or memory_bytes())
+    budget = config.train.memory_budget
+    default_bytes = memory_bytes() if budget is None else planned_bytes(budget)
+    given_bytes = parse_memory(memory, num_workers, default_bytes)
     return Workers(
         speeds=by_stage(given_speeds, pipeline.num_stages),
         memory_bytes=by_stage(given_bytes, pipeline.num_stages),
@@ -108,20 +110,24 @@ def make_load(config: Config, rows: TokenizedCorpus | None) -> Load:
     longest = areas.index(max(areas))
     most = max(1, *(stop - start for start, stop in ranges))
     one_piece = pipeline.num_stages == 1
+    # Of every copy, the sums that it holds before each of its micro-batches but, in a pipeline, the first.
+    first = 0 if one_piece else 1
+    held = [
+        [len(cover(start, end, num_microbatches)) for end in range(start + 1 - one_piece, stop)]
+        for start, stop in ranges
+    ]
     shape = Shape(
         *sizes[longest],
         keep=pipeline.activations == "keep" and not one_piece,
         checkpointed=config.train.gradient_checkpointing,
-        order="stage" if not one_piece else "buckets" if most > 1 else "bucket by bucket",
+        order="buckets" if one_piece else "stage",
     )
     return Load(
         num_microbatches=most,
-        num_sums=max(
-            (len(cover(start, end, num_microbatches)) for start, stop in ranges for end in range(start + 1, stop)),
-            default=1,
-        ),
+        num_sums=max((num for before in held for num in (before[:-1] if one_piece else before)), default=first),
         shape=shape,
         mean=sum(areas) / len(areas) / areas[longest],
         wire_bytes={"fp32": 0, "bf16": 2, "int8": 1}[pipeline.wire_dtype],
         moments=1 / num_copies if config.optimizer.shard else 1.0,
+        num_sums_last=max(before[-1] for before in held) + 1 if one_piece else 0,
     )

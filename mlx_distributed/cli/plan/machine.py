@@ -7,6 +7,11 @@ import time
 
 import mlx.core as mx
 
+from mlx_distributed.config.quantities import parse_bytes
+
+TOLERANCE = 0.1
+"""By so much the memory that is taken may differ from what was expected."""
+
 _SIZE = 1024
 _ROUNDS, _LONG_S = 3, 0.3
 """After so long one round is enough."""
@@ -16,6 +21,11 @@ def memory_bytes() -> int:
     """That training may take: what the system recommends for the GPU, which shares it on a Mac, or else all of it."""
     recommended = mx.device_info().get("max_recommended_working_set_size")
     return int(recommended or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def planned_bytes(memory_budget: str) -> int:
+    """What is planned with of `train.memory_budget`, which is to be kept where more is taken than was expected too."""
+    return int((parse_bytes(memory_budget) or 0) / (1 + TOLERANCE))
 
 
 def measure_flops(dtype: mx.Dtype) -> float:

@@ -15,7 +15,7 @@ import numpy as np
 from mlx_distributed.cli.bench.table import format_time
 from mlx_distributed.cli.plan.estimate import Plan, Planner, Workers
 from mlx_distributed.cli.plan.inputs import by_stage, make_load
-from mlx_distributed.cli.plan.machine import measure_flops, memory_bytes
+from mlx_distributed.cli.plan.machine import measure_flops, memory_bytes, planned_bytes
 from mlx_distributed.cli.plan.refusal import check_fit
 from mlx_distributed.cli.plan.table import format_layers
 from mlx_distributed.cli.plan.work import Model
@@ -76,9 +76,9 @@ def settle(
     num_here = list(machines).count(machines[comm.rank]) if machines else config.parallel.nproc
     chooses = settings.schedule == "auto"
     measures = chooses or (num_machines > 1 and settings.speeds == settings.split == "auto")
-    own = Worker(
-        config.train.budget_bytes or memory_bytes() // num_here, measure_flops(dtype) if measures else _UNKNOWN
-    )
+    budget = config.train.memory_budget
+    of_mine = memory_bytes() // num_here if budget is None else planned_bytes(budget)
+    own = Worker(of_mine, measure_flops(dtype) if measures else _UNKNOWN)
     gathered = comm.all_gather(mx.array(np.frombuffer(json.dumps(own).encode(), np.uint8)), _WHAT)
     found = [Worker(*json.loads(np.asarray(array).tobytes())) for array in gathered]
     found *= config.parallel.size // len(found)
@@ -127,7 +127,7 @@ def _told(model: nn.Module, config: Config, rows: TokenizedCorpus | None, worker
     try:
         planner = Planner(Model(twin(model)), workers, make_load(config, rows))
         plan = planner.plan(settings)
-        check_fit(planner, plan, config)
+        check_fit(planner, plan, config, lambda changed: (planner.model, make_load(changed, rows)))
     except ConfigError as error:
         return {"error": str(error)}
     changes = {"split": plan.split, "schedule": plan.settings.schedule, "chunks": plan.settings.chunks}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -50,7 +51,8 @@ class StageWork:
 
 @dataclass(frozen=True)
 class Shape:
-    """Of micro-batches, B rows of L tokens that go in, and of how they are computed."""
+    """Of micro-batches, B rows of L tokens that go in, and of how they are computed. Packed rows count as one: their
+    attention takes less than that, by how much cannot be read from a graph."""
 
     num_rows: int
     length: int
@@ -110,11 +112,14 @@ class Model:
             buckets = to_buckets(gradient_layout(gradients), gradients)
             if shape.order == "bucket by bucket":
                 return [[result], *buckets]
-            flat = [*gradients.values()][::-1] if shape.order == "stage" else [*chain(*buckets)]
+            names = dict.fromkeys(name for own in parameters for name in own)
+            flat = [gradients[name] for name in names] if shape.order == "stage" else [*chain(*buckets)]
             return [[result], of_input, flat] if shape.keep else [of_input, [result, *flat]]
 
         values = [value for own in parameters for value in own.values()]
-        try:
+        with contextlib.ExitStack() as stack:
+            for piece, own in zip(pieces, parameters, strict=True):
+                stack.callback(piece.update, tree_unflatten(list(own.items())))
             ran, *phases = Phase(0.0, 0, 0), *trace(backward, [incoming, cotangent, *values])
             if shape.order == "bucket by bucket":
                 ran, *rest = phases
@@ -125,9 +130,6 @@ class Model:
                 ran, *phases = phases
             elif not last:
                 ran = trace(forward, [incoming])[0]._replace(held_bytes=0)  # What is made is sent away.
-        finally:
-            for piece, own in zip(pieces, parameters, strict=True):
-                piece.update(tree_unflatten(list(own.items())))
         of_input, of_weights = phases
         return StageWork(
             forward_flops=ran.flops,

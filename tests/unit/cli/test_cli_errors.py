@@ -45,6 +45,11 @@ def test_the_status_of_the_body_is_passed_on(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr() == ("", "")
 
 
+def test_text_of_others_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(fail(DataError("the hub says \x1b]0;mine\x07\nand more")), debug=False) == 2
+    assert capsys.readouterr().err == "error: the hub says ?]0;mine?\nand more\n"
+
+
 def test_an_interrupt_has_no_message(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(fail(KeyboardInterrupt()), debug=False) == 130
     assert capsys.readouterr() == ("", "")

@@ -22,6 +22,9 @@ START = {
 }
 
 
+METRICS = {"do_causal_lm_eval": True, "val_set_size": 0.1}
+
+
 @pytest.fixture(autouse=True)
 def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -75,6 +78,12 @@ def value(config: Config, key: str) -> Any:
         ("axolotl", {"save_steps": 0.25, "max_steps": 100}, "checkpoint.steps", 25),
         ("axolotl", {"saves_per_epoch": 0}, "checkpoint.steps", None),
         ("axolotl", {"sample_packing": True}, "data.packing", True),
+        ("axolotl", {"streaming": True, "max_steps": 9}, "data.streaming", True),
+        ("axolotl", {"streaming": True, "max_steps": 9, "dataset_prepared_path": "/p"}, "data.cache_dir", Path("/p")),
+        ("axolotl", {"dataset_prepared_path": "p"}, "data.cache_dir", None),
+        ("axolotl", METRICS | {"eval_causal_lm_metrics": ["chrf", "sacrebleu"]}, "eval.metrics", ("chrf", "bleu")),
+        ("axolotl", METRICS, "eval.generate", True),
+        ("axolotl", METRICS | {"eval_max_new_tokens": 9}, "eval.max_new_tokens", 9),
         ("axolotl", {"bf16": True}, "precision", "bf16"),
         ("axolotl", {"bf16": "auto"}, "precision", "bf16"),
         ("axolotl", {"bf16": "auto", "fp16": True}, "precision", "fp16"),
@@ -101,6 +110,8 @@ def value(config: Config, key: str) -> Any:
         ("llamafactory", {"disable_gradient_checkpointing": True}, "train.gradient_checkpointing", False),
         ("llamafactory", {}, "train.gradient_checkpointing", True),
         ("llamafactory", {}, "train.epochs", 3.0),
+        ("llamafactory", {"streaming": True, "max_steps": 9, "buffer_size": 64}, "data.shuffle_buffer", 64),
+        ("llamafactory", {"buffer_size": 64}, "data.shuffle_buffer", 10_000),
         ("llamafactory", {"max_steps": -1}, "train.max_steps", None),
         ("llamafactory", {"report_to": ["wandb", "tensorboard"]}, "wandb.project", "llamafactory"),
         ("llamafactory", {"max_grad_norm": 0}, "train.max_grad_norm", None),

@@ -169,7 +169,7 @@ def test_one_worker(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert out.startswith(
         "4 layers, 187 K parameters, 187 K trained (full)\n1 copy of the model, each on 1 worker: 4 m"
     )
-    assert re.search(r"^     0 +0-3 +187 K +187 K +[\d.]+ KiB +1.42 MiB +1.42 MiB +0 B ", out, re.MULTILINE)
+    assert re.search(r"^     0 +0-3 +187 K +187 K +[\d.]+ KiB +1.42 MiB +2.14 MiB +0 B ", out, re.MULTILINE)
     assert "schedule" not in out
     assert "note: " not in out
 
@@ -219,7 +219,7 @@ def test_memory_moves_layers(config: Path, capsys: pytest.CaptureFixture[str]) -
     assert re.search(r"^interleaved .* does not fit$", out, re.MULTILINE)
     status, _, err = plan(config, capsys, *STAGES, "--memory", f"{least * 0.8:.3f}MiB")
     assert status == 2
-    assert "or 4 workers with" in err
+    assert "what would fit: 4 workers with" in err
 
 
 def test_what_does_not_fit_is_refused_with_a_way_out(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,11 +54,13 @@ def test_samples_take_a_line_each() -> None:
     samples = [
         Sample("Write 9\nin words.", " nine\n", "nine"),
         Sample("Write 8.", "IX", "VIII"),
+        Sample("Write 7.", "\x1b]0;mine\x07VII", "\u202eIIV"),
         Sample("w" * (LINE_CHARS + 1), "x" * LINE_CHARS, "y" * 1000),
     ]
     assert list(sample_lines(samples)) == [
         "  Write 9 in words. -> nine (as in the data)",
         "  Write 8. -> IX (in the data: VIII)",
+        "  Write 7. -> ?]0;mine?VII (in the data: ?IIV)",
         f"  {'w' * (LINE_CHARS - 3)}... -> {'x' * LINE_CHARS} (in the data: {'y' * (LINE_CHARS - 3)}...)",
     ]
 

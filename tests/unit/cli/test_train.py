@@ -137,6 +137,16 @@ def test_a_dry_run_says_what_a_run_would_do_and_writes_nothing(
     assert set(tmp_path.rglob("*")) == before
 
 
+def test_a_dry_run_of_a_stream_writes_no_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_workspace(tmp_path)
+    before = set(tmp_path.rglob("*"))
+    stream = ["data.streaming=true", "data.val_fraction=0", "train.micro_batch_size=4"]
+    stream += ["train.micro_batch_tokens=512", "data.max_seq_length=512"]
+    assert main(["--config", str(config), "--dry-run", *stream]) == 0
+    assert "worker 0: " in capsys.readouterr().out
+    assert set(tmp_path.rglob("*")) == before
+
+
 def test_a_mistake_is_told_without_importing_mlx(config: Path) -> None:
     code = (
         "import sys; from mlx_distributed.cli.train import main; main(sys.argv[1:]); print('mlx.core' in sys.modules)"

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_distributed.data.batch import GROUP_OVERHEAD, Batch, collate, pack
+from mlx_distributed.data.batch import GROUP_OVERHEAD, Batch, by_length, collate, pack
 from mlx_distributed.data.tokenize import Row
 
 ROWS = st.lists(st.integers(2, 200), min_size=1, max_size=12).map(
@@ -68,3 +68,15 @@ def test_a_row_alone_is_laid_out_alike(multiple: int) -> None:
     row = make_row(13, 0)
     np.testing.assert_array_equal(collate([row], multiple).tokens, pack([row], multiple).tokens)
     np.testing.assert_array_equal(collate([row], multiple).loss_mask, pack([row], multiple).loss_mask)
+
+
+@given(ROWS, st.integers(1, 5), st.none() | st.integers(1, 600))
+def test_micro_batches_by_length_are_as_large_as_they_may_be(rows: list[Row], size: int, tokens: int | None) -> None:
+    batches = by_length(rows, size, tokens)
+    assert [row for batch in batches for row in batch] == sorted(rows, key=lambda row: len(row.tokens))
+    for batch, following in zip(batches, [*batches[1:], None], strict=True):
+        if tokens is None:
+            assert len(batch) == size or (following is None and len(batch) < size)
+        else:
+            assert len(batch) == 1 or len(batch) * len(batch[-1].tokens) <= tokens
+            assert following is None or (len(batch) + 1) * len(following[0].tokens) > tokens

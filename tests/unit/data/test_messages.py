@@ -41,3 +41,7 @@ def test_a_result_without_a_call_has_no_id() -> None:
 def test_a_refusal_reads_with_its_detail() -> None:
     assert str(Invalid("unknown role", "'x'")) == "unknown role: 'x'"
     assert str(Invalid("empty output")) == "empty output"
+
+
+def test_a_refusal_does_not_steer_the_terminal() -> None:
+    assert str(Invalid("the chat template refuses the conversation", "\x1b[2J\n")).endswith("conversation: ?[2J?")

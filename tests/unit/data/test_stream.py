@@ -234,9 +234,7 @@ def test_chunks_that_nobody_waits_for_do_not_hold_up_the_process_that_builds(ope
             time.sleep(0.001)
 
 
-def test_the_few_rows_at_the_end_are_not_too_many_invalid_ones(
-    open_plan: Open, folder: Path, tmp_path: Path
-) -> None:
+def test_the_few_rows_at_the_end_are_not_too_many_invalid_ones(open_plan: Open, folder: Path, tmp_path: Path) -> None:
     lines = (folder / "b.jsonl").read_text().split("\n")
     (folder / "f.jsonl").write_text("\n".join([*lines, "{"]))
     plan = open_plan(tmp_path, "f", builder=Here)
@@ -245,8 +243,8 @@ def test_the_few_rows_at_the_end_are_not_too_many_invalid_ones(
 
 def test_rows_none_of_which_fit(open_plan: Open, tmp_path: Path) -> None:
     plan = open_plan(tmp_path, micro_batch_tokens=128)
-    plan.rows.workshops = [replace(each, data=replace(each.data, max_seq_length=2)) for each in plan.rows.workshops]
-    plan.rows._builder.workshops = plan.rows.workshops
+    short = [replace(each, data=replace(each.data, max_seq_length=2)) for each in plan.rows.workshops]
+    plan = replace(plan, rows=StreamRows(short, Here(short)))
     with pytest.raises(StreamError, match="of the 24 rows of steps 1 to 6 only 0 can be trained on"):
         plan.microbatches(0)
 

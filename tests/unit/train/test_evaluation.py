@@ -59,7 +59,8 @@ def test_dropout_is_off_meanwhile_and_no_randomness_is_used() -> None:
     mx.random.seed(1)
     expected = mx.random.uniform().item()
     mx.random.seed(1)
-    assert evaluate_loss(model, by_length(rows, 2), LocalComm()) == evaluate_loss(model, by_length(rows, 2), LocalComm())
+    batches = by_length(rows, 2)
+    assert evaluate_loss(model, batches, LocalComm()) == evaluate_loss(model, batches, LocalComm())
     assert mx.random.uniform().item() == expected
     assert model.training
     assert model.dropout.training

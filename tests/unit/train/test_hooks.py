@@ -170,7 +170,12 @@ def test_answers_are_scored_once_for_all_ranks_and_told_by_the_first() -> None:
     def work(comm: Communicator) -> tuple[Told, TrainState]:
         told, state = Told(), at(4)
         evaluate = Evaluate(
-            by_length(make_rows(5), 2), comm, told, None, answering=answering(["nine", "ten"]), metric="eval/exact_match"
+            by_length(make_rows(5), 2),
+            comm,
+            told,
+            None,
+            answering=answering(["nine", "ten"]),
+            metric="eval/exact_match",
         )
         for state.step in (4, 6):
             evaluate(state)

@@ -12,9 +12,10 @@ from train_samples import on_ranks
 
 from mlx_distributed.comm.base import Communicator
 from mlx_distributed.comm.buckets import Arrays
-from mlx_distributed.config import Config
+from mlx_distributed.config import Config, OptimizerConfig
 from mlx_distributed.data.batch import Batch, by_length
 from mlx_distributed.parallel.mesh import Mesh
+from mlx_distributed.train import attempts
 from mlx_distributed.train.evaluation import evaluate_loss
 from mlx_distributed.train.loss_scale import INITIAL, LossScale
 from mlx_distributed.train.phases import Phases
@@ -38,7 +39,9 @@ def trained(config: Config, size: int, begin: LossScale | None = None) -> tuple[
         state.loss_scale = begin or state.loss_scale
         told = [(info.loss, str(info.grad_norm), info.skipped) for info in trainer.steps(state, mesh)]
         scale = state.scale, state.num_skipped
-        loss = evaluate_loss(state.model, by_length(make_rows(5), 2), mesh.dp, cut.pipeline if cut else None)["eval/loss"]
+        loss = evaluate_loss(state.model, by_length(make_rows(5), 2), mesh.dp, cut.pipeline if cut else None)[
+            "eval/loss"
+        ]
         close(mesh, comm)
         parameters, moments = state.parameters, state.moments if state.shard is None else {}
         mx.eval(parameters, moments)
@@ -139,3 +142,29 @@ def test_an_overflow_on_one_worker_is_survived_by_all_in_the_same_step() -> None
     found = on_ranks(3, body)
     assert found == [found[0]] * 3
     assert found[0][:2] == ([2], INITIAL / 2)
+
+
+@pytest.mark.parametrize("optimizer", [PLAIN.optimizer, SHARDED], ids=["replicated", "sharded"])
+def test_members_of_an_elastic_run_leave_it_out_too_and_who_hears_of_it_later(optimizer: OptimizerConfig) -> None:
+    config = replace(PLAIN, precision="fp16", optimizer=optimizer)
+
+    def body(comm: Communicator) -> tuple[dict[str, str], LossScale | None, int]:
+        states = []
+        for _ in range(2):
+            state, trainer, _, _ = make_run(config, comm, num_steps=NUM_STEPS)
+            state.loss_scale = LossScale(2.0**24)
+            states.append(state)
+        member, newcomer = states
+        attempts.enter(trainer.phases, member, comm)
+        attempt = attempts.begin(trainer.phases, member)
+        attempt.reduce(range(3 * comm.rank, 3 + 2 * comm.rank), comm)
+        sums = dict(attempt.sums)
+        assert attempt.commit().skipped is not None
+        attempts.replay(trainer.phases, newcomer, sums)
+        assert (newcomer.digest(), newcomer.num_skipped) == (member.digest(), 0)
+        assert newcomer.loss_scale == LossScale(2.0**23)
+        return member.digest(), member.loss_scale, member.num_skipped
+
+    found = on_ranks(2, body)
+    assert found == [found[0]] * 2
+    assert found[0][1:] == (LossScale(2.0**23), 0)

@@ -12,6 +12,7 @@ from mlx_distributed.elastic.protocol import NOTHING, START, Outcome
 from mlx_distributed.elastic.recovery import Received, layout_of
 from mlx_distributed.elastic.snapshots import Snapshot
 from mlx_distributed.train.attempt import Attempt
+from mlx_distributed.train.loss_scale import LossScale
 from mlx_distributed.train.phases import Phases
 from mlx_distributed.train.state import TrainState
 
@@ -38,6 +39,19 @@ def test_a_newcomer_has_the_state_and_the_steps_since() -> None:
     assert take(phases, other, NOTHING, Received(snapshot, tuple(later))) == later[-1][0]
     assert other.digest() == state.digest()
     assert (other.step, other.num_tokens, other.num_skipped) == (state.step, state.num_tokens, state.num_skipped)
+
+
+def test_the_loss_scale_goes_with_the_state_and_halves_where_a_step_is_left_out() -> None:
+    phases, state, other = make_phases(), make_state(), make_state(seed=1)
+    state.loss_scale, other.loss_scale = LossScale(2.0**127), LossScale()
+    outcome, _ = take_step(phases, state)
+    assert state.loss_scale == LossScale(2.0**126)
+    snapshot = snapshot_of(state, outcome)
+    later = [take_step(phases, state) for _ in range(2)]
+    assert state.loss_scale.value < 2.0**126
+    assert take(phases, other, NOTHING, Received(snapshot, tuple(later))) == later[-1][0]
+    assert (other.digest(), other.loss_scale) == (state.digest(), state.loss_scale)
+    assert (other.step, other.num_tokens, other.num_skipped) == (state.step, state.num_tokens, 0)
 
 
 def test_who_has_missed_some_steps_only_takes_those() -> None:
