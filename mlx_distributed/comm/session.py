@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
+from mlx_distributed.comm.changes import Changes
 from mlx_distributed.comm.mailbox import MAX_UNREAD_BYTES, Mailbox
 from mlx_distributed.comm.reduction import Outgoing, Reduction
 from mlx_distributed.comm.tree_sum import Node
@@ -32,9 +33,6 @@ from mlx_distributed.errors import CommError
 
 LINGER_S = 0.5
 """How long a rank that leaves because of a failure waits for its peers to read the reason."""
-
-HEAR_OUT_S = 0.2
-"""How long a rank that is given up may still say for whom it has waited; its own deadline ends at about this time."""
 
 MAX_QUEUED = 2
 """Frames of this rank's parts that wait for the stream to a peer at a time."""
@@ -78,7 +76,9 @@ class Session:
         self.failure: tuple[int | None, str] | None = None
         """The rank that caused the first failure, and the reason; the session is dead from then on."""
         self._held_up: dict[int, tuple[int, str]] = {}
-        """For whom peers that have left had waited, and for how long."""
+        """For whom peers wait, and for how long that one has been silent."""
+        self._told: int | None = None
+        """For whom the peers know that we wait."""
         self._tag = tag
         self._reduction: Reduction | None = None
         self._op = 0
@@ -93,7 +93,7 @@ class Session:
         """Empties the outbox. Nobody waits for it, and a loop holds on to its tasks only weakly."""
         self._num_senders = 0
         """That wait for room in the queue of some peer."""
-        self._waiters: set[asyncio.Future[None]] = set()
+        self._changes = Changes()
         self._waits: list[dict[int, float]] = []
         """Whom each call that waits waits for, and since when of the monotonic clock."""
 
@@ -109,15 +109,14 @@ class Session:
             return
         self.failure = (peer, reason)
         unfinished = self._op + 1 if self._reduction is None else self._op
-        said = {"peer": self.rank if peer is None else peer, "reason": reason, "held_up": self._held_up_by(self.rank)}
-        payload = json.dumps(said).encode()
+        payload = json.dumps({"peer": self.rank if peer is None else peer, "reason": reason}).encode()
         for link in self.links.values():
             queued = [link.queue.get_nowait() for _ in range(link.queue.qsize())]
             for item in queued:  # Only what we have finished is of use to a peer, which may be about to finish it too.
                 if item is not None and item.frame.kind in _OF_A_REDUCTION and item.frame.op < unfinished:
                     link.queue.put_nowait(item)
             self._leave(link, Frame(Kind.ABORT, payload=payload))
-        self._notify()
+        self._changes.notify()
 
     def silent(self, for_s: float) -> list[int]:
         """The ranks that are waited for, and have been silent for so long."""
@@ -132,7 +131,7 @@ class Session:
     def begin(self, reduction: Reduction) -> None:
         """Start an operation: frames of it are taken in from now on."""
         self._op, self._reduction = reduction.op, reduction
-        self._notify()
+        self._changes.notify()
 
     def contribute(
         self, reduction: Reduction, index: int, parts: Mapping[Node, np.ndarray], result: np.ndarray, last: bool
@@ -154,11 +153,11 @@ class Session:
     async def take(self, peer: int, tag: int, name: str) -> list[bytes | memoryview]:
         """The chunks of the next message of `peer` with this tag."""
         self._awaited = (peer, tag)
-        self._notify()
+        self._changes.notify()
         await self.wait(name, lambda: self._mailbox.has(peer, tag), lambda: {peer}, time.monotonic())
         self._awaited = None
         chunks = self._mailbox.take(peer, tag)
-        self._notify()
+        self._changes.notify()
         return chunks
 
     async def wait(
@@ -174,7 +173,6 @@ class Session:
         try:
             while not done():
                 if self.failure is not None:
-                    await self._trace()
                     raise self.error(name, begun_s)
                 left_s, peers = self.timeout_s, waiting_for()
                 for peer in since_s.keys() - peers:
@@ -183,30 +181,34 @@ class Session:
                     since_s.setdefault(peer, time.monotonic())
                     link = self.links.get(peer)
                     silent_s = self._silent_s(peer, since_s)
-                    left_s = min(left_s, self.timeout_s - silent_s)
+                    half_s = self.timeout_s / 2
+                    left_s = min(left_s, (half_s if silent_s < half_s else self.timeout_s) - silent_s)
                     if link and link.left:
                         self.fail(peer, "has left the group")
                     elif silent_s >= self.timeout_s:
                         reason = f"sent nothing for {silent_s:.1f} s"
-                        self.fail(peer, reason if link else f"{reason} ({self.absent[peer]})")
+                        self._give_up(peer, reason if link else f"{reason} ({self.absent[peer]})")
                 if self.failure is None:
-                    await self._change(left_s)
+                    self._say_who_holds_us_up()
+                    await self._changes.next(left_s)
         finally:
-            self._waits = [other for other in self._waits if other is not since_s]
+            self._waits, self._told = [other for other in self._waits if other is not since_s], None
 
     async def carry(self, peer: int, link: Link) -> None:
         """Read from and write to a peer until both sides have taken their leave, or the stream ends."""
         self.links[peer] = link
-        self._notify()
+        self._changes.notify()
         if self.failure is not None:
             self._leave(link, Frame(Kind.BYE))
         writer = asyncio.create_task(self._write(link))
-        writer.add_done_callback(lambda _: self._notify())
+        writer.add_done_callback(lambda _: self._changes.notify())
         try:
             while not link.left:
                 data = await link.read()
-                link.moved_s = time.monotonic()
                 for frame in decode(self._tag, data):
+                    if frame.kind is not Kind.WAITING:
+                        link.moved_s = time.monotonic()
+                        self._held_up.pop(peer, None)
                     await self._receive(peer, link, frame)
         except FrameError as error:
             self.fail(peer, str(error))
@@ -217,7 +219,7 @@ class Session:
             raise
         finally:
             link.left = True
-            self._notify()
+            self._changes.notify()
             # In peace this takes as long as our own work; after a failure only what it takes to say so.
             await self._until(writer.done)
             await asyncio.wait([writer], timeout=LINGER_S)
@@ -236,7 +238,7 @@ class Session:
         """Until every peer has left, but not for long."""
         limit_s = time.monotonic() + LINGER_S
         while self._staying() and (left_s := limit_s - time.monotonic()) > 0:
-            await self._change(left_s)
+            await self._changes.next(left_s)
 
     def _staying(self) -> set[int]:
         """The peers that have not left."""
@@ -292,7 +294,7 @@ class Session:
             self._outbox.clear()
         if self._reduction is not None and self._reduction.done:
             self._reduction = None
-        self._notify()
+        self._changes.notify()
 
     async def _write(self, link: Link) -> None:
         message: Message | None
@@ -313,7 +315,7 @@ class Session:
             if message is None:
                 return
             if self._num_senders:
-                self._notify()
+                self._changes.notify()
 
     async def _receive(self, peer: int, link: Link, frame: Frame) -> None:
         if frame.kind is Kind.BYE:
@@ -321,6 +323,8 @@ class Session:
         elif frame.kind is Kind.ABORT:
             link.left = True
             self._aborted(peer, frame)
+        elif frame.kind is Kind.WAITING:
+            self._hear(peer, frame)
         elif frame.kind is Kind.MESSAGE:
             full = lambda: self._mailbox.unread_bytes[peer] > MAX_UNREAD_BYTES  # noqa: E731
             await self._until(lambda: not full() or self._awaits_from(peer))
@@ -337,64 +341,43 @@ class Session:
             self.post(self._reduction.receive(peer, frame))
             if self._reduction.done:
                 self._reduction = None
-        self._notify()
+        self._changes.notify()
 
     def _awaits_from(self, peer: int) -> bool:
         return self._awaited is not None and self._awaited[0] == peer
 
     def _aborted(self, peer: int, frame: Frame) -> None:
-        try:
-            said = json.loads(bytes(frame.payload))
-            culprit, reason = int(said["peer"]), str(said["reason"])[:MAX_REASON_CHARS]
-            other, why = said["held_up"] or (self.rank, "")
-            if other != self.rank:
-                self._held_up[peer] = int(other), str(why)[:MAX_REASON_CHARS]
-        except NOT_AS_EXPECTED:
-            raise FrameError("left without a reason") from None
+        culprit, reason = self._hear(peer, frame)
         if culprit == self.rank:  # Who waits for us does not see for whom we wait.
             culprit, reason = self._held_up_by(peer) or (peer, f"gave this worker up: {reason}")
         self.fail(culprit, reason)
 
-    async def _trace(self) -> None:
-        """Hear out whom we give up, but not for long: it may have waited for another one, as in a pipeline."""
-        limit_s = time.monotonic() + HEAR_OUT_S
-        while self.failure is not None and (peer := self.failure[0]) is not None:
-            if peer in self._held_up:
-                self.failure = self._held_up.pop(peer)
-            elif peer not in self._staying() or (left_s := limit_s - time.monotonic()) <= 0:
-                return
-            else:
-                await self._change(left_s)
+    def _hear(self, peer: int, frame: Frame) -> tuple[int, str]:
+        """The rank that a peer speaks of, and what it says of it; kept, if the peer waits for it."""
+        try:
+            said = json.loads(bytes(frame.payload))
+            other, reason = int(said["peer"]), str(said["reason"])[:MAX_REASON_CHARS]
+        except NOT_AS_EXPECTED:
+            raise FrameError(f"{'waits' if frame.kind is Kind.WAITING else 'left'} without a reason") from None
+        if frame.kind is Kind.WAITING and other in self.links:
+            self._held_up[peer] = other, reason
+        return other, reason
+
+    def _say_who_holds_us_up(self) -> None:
+        """In the middle of a deadline, as others may wait for us: in a pipeline all wait for one, in a chain."""
+        if (held_up := self._held_up_by(self.rank)) and held_up[0] != self._told:
+            self._told, reason = held_up
+            payload = json.dumps({"peer": self._told, "reason": reason}).encode()
+            self.post((peer, Frame(Kind.WAITING, payload=payload)) for peer in self.links if peer != self._told)
+
+    def _give_up(self, peer: int, reason: str) -> None:
+        """Give up a peer that is silent, or the one at the end of the chain where it waits for another one."""
+        while peer in self._held_up:
+            peer, reason = self._held_up.pop(peer)
+        self.fail(peer, reason)
 
     async def _until(self, condition: Callable[[], bool], timeout_s: float = math.inf) -> None:
         """Until the condition holds, the session has failed, or the time is up."""
         limit_s = time.monotonic() + timeout_s
         while not condition() and self.failure is None and (left_s := limit_s - time.monotonic()) > 0:
-            await self._change(None if left_s == math.inf else left_s)
-
-    def _notify(self) -> None:
-        """Something has happened: a frame, a loss, a call of ours. Whoever waits looks again."""
-        for waiter in self._waiters:
-            _wake(waiter)
-
-    async def _change(self, timeout_s: float | None) -> None:
-        """Until something has happened, or the time is up.
-
-        Not an `asyncio.Event`: `wait_for` begins to wait for one only in a task of its own, and what happens until
-        then, with another waiter clearing the event in between, would be missed.
-        """
-        loop = asyncio.get_running_loop()
-        waiter = loop.create_future()
-        self._waiters.add(waiter)
-        timer = None if timeout_s is None else loop.call_later(timeout_s, _wake, waiter)
-        try:
-            await waiter
-        finally:
-            self._waiters.remove(waiter)
-            if timer is not None:
-                timer.cancel()
-
-
-def _wake(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
+            await self._changes.next(None if left_s == math.inf else left_s)

@@ -52,6 +52,8 @@ class Kind(enum.IntEnum):
     """The sender has failed and leaves; the payload says why."""
     BYE = 6
     """The sender leaves in peace."""
+    WAITING = 7
+    """The sender waits for a rank that is silent; the payload says for which."""
 
 
 class Frame(NamedTuple):

@@ -22,7 +22,6 @@ from mlx_distributed.config.schema import (
     DataConfig,
     ModelConfig,
     ParallelConfig,
-    TrainConfig,
 )
 from mlx_distributed.config.stream_checks import check_stream
 
@@ -196,15 +195,11 @@ def _step(config: Config) -> Iterator[Problem]:
 
 
 def _token_budget(config: Config, limit: int) -> Iterator[Problem]:
-    key, rows = "train.micro_batch_tokens", ("train.micro_batch_size",)
-    if config.train.micro_batch_size != TrainConfig().micro_batch_size:
-        rule = f"cannot stand beside train.micro_batch_size={config.train.micro_batch_size}; remove one of the two"
-        yield Problem(key, rule, rows)
     longest = config.data.max_seq_length
     due = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     if limit < due:
         rule = f"a row of data.max_seq_length={longest} tokens would not fit; use {due} or more, or shorter rows"
-        yield Problem(key, rule, ("data.max_seq_length",))
+        yield Problem("train.micro_batch_tokens", rule, ("data.max_seq_length",))
 
 
 def workers_key(parallel: ParallelConfig) -> str:

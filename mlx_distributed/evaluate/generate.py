@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from itertools import groupby
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -80,7 +81,7 @@ class Answers:
 
     def take(self, newest: mx.array) -> bool:
         """Add the newest tokens [B, 1]; whether any row goes on."""
-        for row, token in enumerate(newest.reshape(-1).tolist()):
+        for row, token in enumerate(cast(list[int], newest.reshape(-1).tolist())):
             if token in self._stop_tokens:
                 self._unfinished.discard(row)
             elif row in self._unfinished:

@@ -1,9 +1,9 @@
 """The memory that `mlx-distributed plan` foretells against the peak that a run of mlx-train has measured.
 
-Full training, LoRA and QLoRA (4 bits), with and without gradient checkpointing and in each precision, of models of 0.7 M
-to 50 M parameters, in micro-batches of 4 rows of 128 tokens. Each run is in a process of its own, and the peak is that
-of `mx.get_peak_memory` after the last step (`perf/peak_memory_bytes`): all that MLX has allocated since it was loaded,
-without its cache of freed memory and without Python.
+Full training, LoRA and QLoRA (4 bits), with and without gradient checkpointing and in each precision, of models of
+0.7 M to 50 M parameters, in micro-batches of 4 rows of 128 tokens. Each run is in a process of its own, and the peak
+is that of `mx.get_peak_memory` after the last step (`perf/peak_memory_bytes`): all that MLX has allocated since it was
+loaded, without its cache of freed memory and without Python.
 
     uv run python tests/benchmarks/memory_estimate.py
     uv run python tests/benchmarks/memory_estimate.py --models 10M --precisions fp32 --microbatches 1

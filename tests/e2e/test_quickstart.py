@@ -42,7 +42,7 @@ def test_what_it_says(quickstart: tuple[Done, Path]) -> None:
 
 def test_what_it_leaves(quickstart: tuple[Done, Path]) -> None:
     _, folder = quickstart
-    names = {"config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "logs", "checkpoints", "final"}
+    names = {"config.yaml", "run.json", "data.json", "metrics.jsonl", "samples.jsonl", "logs", "checkpoints", "final"}
     assert {path.name for path in folder.glob("[!.]*")} == names
     assert {path.name for path in (folder / "logs").iterdir()} == {"rank-0.log", "rank-1.log"}
     assert "step 40/40" in (folder / "logs" / "rank-1.log").read_text()

@@ -37,7 +37,9 @@ def add_plan(verbs: Verbs[argparse.ArgumentParser]) -> None:
     add_config(verb)
     verb.add_argument("--nproc", metavar="N", help="workers (parallel.nproc)")
     verb.add_argument("--speeds", metavar="A,B,...", help="of the workers, relative to --flops (default: 1)")
-    verb.add_argument("--memory", metavar="A,B,...", help="of the workers, such as 16GB,8GB (default: of this machine)")
+    verb.add_argument(
+        "--memory", metavar="A,B,...", help="such as 16GB,8GB (default: train.memory_budget, or this machine's)"
+    )
     verb.add_argument("--flops", metavar="N", help="operations per second, such as 3.5T (default: measured here)")
     verb.add_argument("--link", default="1Gbit", metavar="RATE", help="between neighbours, per second (1Gbit)")
 

@@ -353,6 +353,7 @@ def test_the_end_of_a_chain_of_waits_is_named_by_all() -> None:
 
     def be(rank: int) -> CommError | None:
         comms[rank].connect([comm.address for comm in comms])
+        comms[rank].barrier("a test")
         if rank == 3:
             over.wait()
             comms[rank].close(KeyboardInterrupt("over"))

@@ -128,11 +128,6 @@ def diloco(**changes: Any) -> dict[str, Any]:
             "train.micro_batch_tokens",
             "a row of data.max_seq_length=1020 tokens would not fit; use 1024 or more, or shorter rows",
         ),
-        (
-            {"train__micro_batch_tokens": 4096, "train__micro_batch_size": 2},
-            "train.micro_batch_tokens",
-            "cannot stand beside train.micro_batch_size=2; remove one of the two",
-        ),
         ({"train__global_batch_size": 0}, "train.global_batch_size", "at least 1"),
         ({"train__epochs": 0.0}, "train.epochs", "above 0; the default is 1.0"),
         ({"train__max_steps": 0}, "train.max_steps", "at least 1"),
