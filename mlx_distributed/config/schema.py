@@ -131,8 +131,8 @@ class TrainConfig:
     micro_batch_size: int = 4
     """Sequences that a device holds at a time; must divide `global_batch_size`."""
     micro_batch_tokens: int | None = None
-    """Tokens that a device holds at a time, padding too; wins over `micro_batch_size`. At least `data.max_seq_length`. A
-    step then has as many micro-batches as its rows need."""
+    """Tokens that a device holds at a time, padding too; wins over `micro_batch_size`. At least `data.max_seq_length`.
+    A step then has as many micro-batches as its rows need."""
     epochs: float = 1.0
     """Passes over the data."""
     max_steps: int | None = None
