@@ -8,7 +8,8 @@ import re
 import secrets
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +80,19 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     command_line = parser()
-    args = command_line.parse_intermixed_args(argv)
+    args = command_line.parse_intermixed_args([*_spelled_out(sys.argv[1:] if argv is None else argv)])
     if args.attended and args.join != "-":
         command_line.error("--attended only goes with --join -")
-    if args.resume is not None and _OVERRIDE.match(args.resume) and not Path(args.resume).exists():
-        args.overrides.insert(0, args.resume)  # `--resume a.b=c`: the value belongs to the next argument
-        args.resume = "auto"
     if args.join is not None:
         return run_and_report(lambda: _join(args), debug=args.debug)
     return run_and_report(lambda: _train(args), debug=args.debug)
+
+
+def _spelled_out(argv: Sequence[str]) -> Iterator[str]:
+    """The command line with `--resume=auto` for a `--resume` that a change of a value follows."""
+    for arg, after in pairwise([*argv, ""]):
+        is_bare = arg == "--resume" and _OVERRIDE.match(after) and not Path(after).exists()
+        yield "--resume=auto" if is_bare else arg
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -52,6 +52,7 @@ def test_the_printed_configuration_is_whole_and_makes_itself(
         ["--resume", "seed=5", PRINT, "train.epochs=3"],
         ["--resume", "best", PRINT, "seed=5", "train.epochs=3"],
         ["--resume=last", "seed=5", PRINT, "train.epochs=3"],
+        ["seed=5", PRINT, "train.epochs=2", "--resume", "train.epochs=3"],
     ],
     ids=" ".join,
 )
