@@ -28,6 +28,10 @@ from mlx_distributed.train.checkpoint import Checkpoint, best, newest_valid, ope
 ADAPTER_CONFIG = "adapter_config.json"
 
 
+_OF_THE_MODEL = ("model", "method", "lora", "precision", "seed")
+"""In a configuration, what says what the model is."""
+
+
 @dataclass(frozen=True)
 class Source:
     """A trained model, of which no more is evaluated than the adapters of a checkpoint."""
@@ -157,12 +161,12 @@ def _is_run(folder: Path) -> bool:
 
 
 def _config(run: Path) -> Config:
-    """Of a run whose data may be gone by now, as none of them are needed."""
+    """Of a run, as far as it says what the model is: its data may be gone by now."""
     file = run / "config.yaml"
     try:
         plain = yaml.safe_load(file.read_text(encoding="utf-8"))
-        template = plain["data"]["chat_template"]
-        plain["data"] = {"train": "not/needed", "chat_template": template}
+        data = {"train": "not/needed", "chat_template": plain["data"]["chat_template"]}
+        plain = {name: plain[name] for name in _OF_THE_MODEL} | {"data": data}
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise ConfigError(f"{file} is damaged ({in_short(error)}); copy the folder of the run anew") from error
     config = parse_config(yaml.safe_dump(plain), file)

@@ -189,6 +189,8 @@ def test_data_that_are_gone_are_not_missed(runs: Path, tmp_path: Path) -> None:
     run = shutil.copytree(runs / "lora", tmp_path / "run")
     settings = yaml.safe_load((run / "config.yaml").read_text())
     settings["data"]["train"][0]["path"] = "/nowhere/rows.jsonl"
+    settings["data"]["val_fraction"] = 0.5
+    settings["eval"]["generate"] = True
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
     assert export(run) == 0
     assert (run / "export" / "model.safetensors").exists()
