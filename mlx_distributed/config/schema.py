@@ -299,7 +299,7 @@ class EvalConfig:
     """With each evaluation, also generate greedily for validation prompts and compare with the data (`metrics`)."""
     metrics: tuple[AnswerMetric, ...] = ("exact_match",)
     """How generated answers are compared. BLEU and chrF are those of sacrebleu, ROUGE the F1 of rouge-score without
-    stemming. Loss and perplexity are always measured."""
+    stemming. Loss and perplexity are always measured. BLEU is 0 where no answer has four words."""
     bleu_tokenize: BleuTokenize = "13a"
     """Words of BLEU as sacrebleu names them; `zh` and `char` for languages without spaces."""
     rouge_tokenize: RougeTokenize = "ascii"
