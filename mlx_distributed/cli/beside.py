@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 import mlx.core as mx
 
 from mlx_distributed.cli.data_report import record_data
-from mlx_distributed.cli.load import Loaded, load_whole
+from mlx_distributed.cli.load import Loaded
 from mlx_distributed.cli.measure import make_evaluate, pays_no_more
+from mlx_distributed.cli.parts import load_whole
 from mlx_distributed.cli.plan.budget import verdict
 from mlx_distributed.cli.report import comparison, next_steps, sample_lines, step_metrics
 from mlx_distributed.comm.base import Communicator

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mlx_distributed.cli.load import load_all, load_whole, make_plan
+from mlx_distributed.cli.load import load_all
+from mlx_distributed.cli.parts import load_whole, make_plan
 from mlx_distributed.cli.plan.settle import settle
 from mlx_distributed.comm.base import LocalComm
 from mlx_distributed.config import Config

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_distributed.cli.load import Loaded, load_all, load_whole
+from mlx_distributed.cli.load import Loaded, load_all
+from mlx_distributed.cli.parts import load_whole
 from mlx_distributed.cli.run import choose_device, make_checkpointer
 from mlx_distributed.cli.stages import make_mesh
 from mlx_distributed.comm.base import Communicator, LocalComm

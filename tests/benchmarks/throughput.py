@@ -106,7 +106,7 @@ def peer(config_file: Path, compiled: bool) -> list[Step]:
 
 def ours(config_file: Path, steps_s: list[float]) -> list[Step]:
     """The batches that `mlx-train` took, given the times of its steps. To be called through `fresh`."""
-    from mlx_distributed.cli.load import load_rows, make_plan
+    from mlx_distributed.cli.parts import load_rows, make_plan
     from mlx_distributed.config import load_config
     from mlx_distributed.data.batch import make_batch
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import mlx.nn as nn
 
 from mlx_distributed.cli.doctor.finding import Finding
-from mlx_distributed.cli.load import load_tokenizer, load_whole, make_plan
+from mlx_distributed.cli.parts import load_tokenizer, load_whole, make_plan
 from mlx_distributed.config import Config
 from mlx_distributed.data.files import Place
 from mlx_distributed.data.messages import Conversation

@@ -9,7 +9,7 @@ from datetime import timedelta
 from mlx_distributed.cli.bench.table import format_time
 from mlx_distributed.cli.doctor.case import Case
 from mlx_distributed.cli.doctor.finding import Finding, counted
-from mlx_distributed.cli.load import load_whole
+from mlx_distributed.cli.parts import load_whole
 from mlx_distributed.cli.plan.estimate import Planner
 from mlx_distributed.cli.plan.inputs import make_load, read_workers
 from mlx_distributed.cli.plan.refusal import check_fit

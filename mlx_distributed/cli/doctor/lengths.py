@@ -10,7 +10,7 @@ import numpy as np
 
 from mlx_distributed.cli.doctor.case import Case
 from mlx_distributed.cli.doctor.finding import Finding, counted, percent
-from mlx_distributed.cli.load import make_plan
+from mlx_distributed.cli.parts import make_plan
 from mlx_distributed.cli.plan.inputs import MAX_STEPS, batch_shapes
 from mlx_distributed.config.schema import ParallelConfig
 

@@ -13,7 +13,8 @@ import mlx.nn as nn
 import yaml
 from mlx.utils import tree_unflatten
 
-from mlx_distributed.cli.load import load_all, load_tokenizer
+from mlx_distributed.cli.load import load_all
+from mlx_distributed.cli.parts import load_tokenizer
 from mlx_distributed.comm.base import LocalComm
 from mlx_distributed.config import Config, ModelConfig, load_config
 from mlx_distributed.config.load import parse_config

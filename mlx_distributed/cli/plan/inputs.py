@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import mlx.core as mx
 
-from mlx_distributed.cli.load import load_tokenizer, load_whole, make_plan
+from mlx_distributed.cli.parts import load_tokenizer, load_whole, make_plan
 from mlx_distributed.cli.plan.estimate import Load, Workers
 from mlx_distributed.cli.plan.machine import measure_flops, memory_bytes, planned_bytes
 from mlx_distributed.cli.plan.options import parse_flops, parse_link, parse_memory, parse_speeds

@@ -46,7 +46,7 @@ def add_preview(verbs: Verbs[argparse.ArgumentParser]) -> None:
 def _preview(args: argparse.Namespace) -> int:
     _check(args)
     # These import mlx-lm, which takes a second: `--help` and a mistyped argument need not wait for it.
-    from mlx_distributed.cli.load import load_rows, make_plan
+    from mlx_distributed.cli.parts import load_rows, make_plan
     from mlx_distributed.cli.preview.html import page
     from mlx_distributed.cli.preview.pieces import Viewer
     from mlx_distributed.cli.preview.text import show

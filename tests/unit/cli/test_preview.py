@@ -12,7 +12,7 @@ import yaml
 from transformers import PreTrainedTokenizerFast
 
 from mlx_distributed.cli.distributed import main
-from mlx_distributed.cli.load import load_rows, make_plan
+from mlx_distributed.cli.parts import load_rows, make_plan
 from mlx_distributed.cli.preview.html import page
 from mlx_distributed.cli.preview.pieces import Piece, Section, Viewer, visible
 from mlx_distributed.config import load_config
