@@ -36,6 +36,7 @@ from mlx_distributed.cli.import_config.trainer import (
     ONE_PROGRAM,
     QUANTISED,
     RULES,
+    alpha,
     batch,
     if_streamed,
     quantised,
@@ -55,13 +56,6 @@ def _adapter(value: Any, place: Place) -> Fate:
     if value in ("lora", "qlora"):
         return mapped({"method": "dora" if place.theirs.on("peft_use_dora") else "lora"})
     return Fate("refused", "is no adapter that is here; use lora")
-
-
-def _alpha(value: Any, place: Place) -> Fate:
-    if not place.theirs.on("peft_use_rslora"):
-        return mapped({"lora.alpha": number(value)})
-    rank = whole(place.theirs.get("lora_r"))
-    return mapped({"lora.scale": number(value) / max(rank, 1) ** 0.5}, "alpha / sqrt(rank), as peft_use_rslora says")
 
 
 def _targets(value: Any, place: Place) -> Fate:
@@ -137,7 +131,7 @@ AXOLOTL = Tool(
         "peft_use_dora": _lora(to("method", lambda value: "dora" if switch(value) else "lora")),
         **{key: _lora(rule) for key, rule in same("lora_r", whole).items()},
         **{key: _lora(rule) for key, rule in same("lora_dropout", number).items()},
-        "lora_alpha": _lora(Rule(_alpha, ("lora.alpha", "lora.scale"))),
+        "lora_alpha": _lora(alpha("lora_r", "peft_use_rslora")),
         "peft_use_rslora": _lora(unneeded("is in lora.scale")),
         "lora_target_modules": _lora(Rule(_targets, ("lora.target_modules",))),
         "lora_target_linear": _lora(choose("lora.target_modules", {True: "all-linear"}, unneeded("switched off"))),

@@ -30,11 +30,13 @@ from mlx_distributed.cli.import_config.rules import (
 )
 from mlx_distributed.cli.import_config.trainer import (
     KERNELS,
+    LAYERS,
     LOADING,
     OBJECTIVE,
     ONE_PROGRAM,
     QUANTISED,
     RULES,
+    alpha,
     batch,
     if_streamed,
     quantised,
@@ -63,13 +65,6 @@ def _method(value: Any, place: Place) -> Fate:
     return mapped({"method": "dora" if value == "lora" and place.theirs.on("use_dora") else value})
 
 
-def _alpha(value: Any, place: Place) -> Fate:
-    if not place.theirs.on("use_rslora"):
-        return mapped({"lora.alpha": number(value)})
-    rank = count(place.theirs.get("lora_rank"))
-    return mapped({"lora.scale": number(value) / rank**0.5}, "alpha / sqrt(rank), as use_rslora says")
-
-
 def _rank(value: Any, place: Place) -> Fate:
     """Without `lora_alpha`, alpha is twice the rank."""
     rank = count(value)
@@ -77,10 +72,6 @@ def _rank(value: Any, place: Place) -> Fate:
         return mapped({"lora.rank": rank})
     scale = {"lora.scale": 2 * rank**0.5} if place.theirs.on("use_rslora") else {"lora.alpha": 2.0 * rank}
     return mapped({"lora.rank": rank, **scale}, "and alpha is twice that, since lora_alpha is not given")
-
-
-def _targets(value: Any, place: Place) -> Fate:
-    return mapped({"lora.target_modules": "all-linear" if names(value) == ["all"] else names(value)})
 
 
 def _datasets(split: str) -> Rule:
@@ -189,10 +180,10 @@ LLAMAFACTORY = Tool(
         "finetuning_type": Rule(_method, ("method",)),
         "use_dora": _lora(to("method", lambda value: "dora" if switch(value) else "lora")),
         "lora_rank": _lora(Rule(_rank, ("lora.rank", "lora.alpha", "lora.scale"))),
-        "lora_alpha": _lora(Rule(_alpha, ("lora.alpha", "lora.scale"))),
+        "lora_alpha": _lora(alpha("lora_rank", "use_rslora")),
         "use_rslora": _lora(unneeded("is in lora.scale")),
         **{key: _lora(rule) for key, rule in same("lora_dropout", number).items()},
-        "lora_target": _lora(Rule(_targets, ("lora.target_modules",))),
+        "lora_target": _lora(LAYERS),
         "dataset": _datasets("train"),
         "eval_dataset": _datasets("validation"),
         "dataset_dir": unneeded("is where dataset_info.json was looked for"),

@@ -18,7 +18,6 @@ from mlx_distributed.cli.import_config.rules import (
     locate,
     mapped,
     missing,
-    names,
     number,
     plain,
     refuse,
@@ -30,7 +29,16 @@ from mlx_distributed.cli.import_config.rules import (
     unneeded,
     whole,
 )
-from mlx_distributed.cli.import_config.trainer import KERNELS, LOADING, ONE_PROGRAM, QUANTISED, RULES, devices, same
+from mlx_distributed.cli.import_config.trainer import (
+    KERNELS,
+    LAYERS,
+    LOADING,
+    ONE_PROGRAM,
+    QUANTISED,
+    RULES,
+    devices,
+    same,
+)
 from mlx_distributed.config.load import read_mapping
 
 PREFERENCES = refuse("trains on preferences, not on answers")
@@ -41,10 +49,6 @@ def _method(value: Any, place: Place) -> Fate:
     if value == "lora":
         return mapped({"method": "lora"})
     return Fate("refused", "here it is lora, dora or full")
-
-
-def _targets(value: Any, place: Place) -> Fate:
-    return mapped({"lora.target_modules": "all-linear" if names(value) == ["all"] else names(value)})
 
 
 def _global(value: Any, place: Place) -> Fate:
@@ -134,7 +138,7 @@ LLAMAFACTORY_V1 = Tool(
         "peft_config.r": to("lora.rank", count),
         "peft_config.lora_alpha": to("lora.alpha", number),
         "peft_config.lora_dropout": to("lora.dropout", number),
-        "peft_config.target_modules": Rule(_targets, ("lora.target_modules",)),
+        "peft_config.target_modules": LAYERS,
         **each("peft_config.adapter_name_or_path", missing("adapters begin anew; merge them into the model first")),
         **each(
             "peft_config.export_dir peft_config.export_size peft_config.infer_dtype", refuse("belongs to another job")

@@ -37,6 +37,26 @@ def same(keys: str, convert: Any) -> dict[str, Rule]:
     return {key: to(OURS_BY_ALIAS[key], convert) for key in keys.split()}
 
 
+def alpha(rank: str, rslora: str) -> Rule:
+    """That of adapters; with `rslora`, divided by the root of the rank."""
+
+    def decide(value: Any, place: Place) -> Fate:
+        if not place.theirs.on(rslora):
+            return mapped({"lora.alpha": number(value)})
+        root = count(place.theirs.get(rank)) ** 0.5
+        return mapped({"lora.scale": number(value) / root}, f"alpha / sqrt(rank), as {rslora} says")
+
+    return Rule(decide, ("lora.alpha", "lora.scale"))
+
+
+def _layers(value: Any, place: Place) -> Fate:
+    return mapped({"lora.target_modules": "all-linear" if names(value) == ["all"] else names(value)})
+
+
+LAYERS = Rule(_layers, ("lora.target_modules",))
+"""Names of those with adapters; `all` are the linear ones."""
+
+
 def devices(num_devices: int) -> str:
     return "1 device" if num_devices == 1 else f"{num_devices} devices"
 
