@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from mlx_distributed.cli.elastic.machine import this_machine
 from mlx_distributed.cli.interrupt import Interrupt
+from mlx_distributed.cli.machine.machine import this_machine
 from mlx_distributed.cli.output_dir import open_output_dir
 from mlx_distributed.cli.run import Job, train
 from mlx_distributed.comm.native import NativeComm

@@ -142,7 +142,8 @@ def _join(args: argparse.Namespace) -> int:
     from mlx_distributed.cli.elastic.attended import READY, Attendance, read_line
     from mlx_distributed.cli.elastic.invitation import Invitation
     from mlx_distributed.cli.elastic.join import join
-    from mlx_distributed.cli.elastic.machine import resolve, this_machine
+    from mlx_distributed.cli.machine.interfaces import resolve
+    from mlx_distributed.cli.machine.machine import this_machine
 
     if address is not None:
         address = resolve(address, this_machine().interfaces(), listen[-1].partition("=")[0])

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_distributed.cli.control import Control
-from mlx_distributed.cli.elastic.machine import Machine, this_machine
 from mlx_distributed.cli.errors import describe
 from mlx_distributed.cli.interrupt import Interrupt
+from mlx_distributed.cli.machine.machine import Machine, this_machine
 
 if TYPE_CHECKING:
     from mlx_distributed.config import Config

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_distributed.cli.elastic.invitation import Invitation, new_token
-from mlx_distributed.cli.elastic.machine import resolve, this_machine
+from mlx_distributed.cli.machine.interfaces import resolve
+from mlx_distributed.cli.machine.machine import this_machine
 from mlx_distributed.cli.output_dir import ACCESS, ACCESS_ASIDE
 from mlx_distributed.config import Config
 from mlx_distributed.elastic.membership import Contact

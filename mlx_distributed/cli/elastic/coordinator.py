@@ -11,11 +11,11 @@ from mlx_distributed import __version__
 from mlx_distributed.cli.elastic.access import Access, prepare_access
 from mlx_distributed.cli.elastic.crew import WORKER, Place, exit_status, start_crew
 from mlx_distributed.cli.elastic.host import POLL_S, invite, tell
-from mlx_distributed.cli.elastic.machine import this_machine
 from mlx_distributed.cli.elastic.serving import Serving, make_rules
 from mlx_distributed.cli.elastic.ssh import Remotes
 from mlx_distributed.cli.errors import INTERRUPTED
 from mlx_distributed.cli.interrupt import Interrupt
+from mlx_distributed.cli.machine.machine import this_machine
 from mlx_distributed.cli.output_dir import ACCESS, RunRecord, accept_config, open_output_dir
 from mlx_distributed.config import Config, load_config, to_yaml
 from mlx_distributed.elastic.protocol import End

@@ -12,10 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mlx_distributed.cli.elastic.machine import address_of, advice, this_machine
 from mlx_distributed.cli.errors import INTERRUPTED
 from mlx_distributed.cli.interrupt import SIGNALS
 from mlx_distributed.cli.local import LocalWorkers, Worker, log_files, waiting_signals, worker_environment
+from mlx_distributed.cli.machine.interfaces import address_of, advice
+from mlx_distributed.cli.machine.machine import this_machine
 from mlx_distributed.cli.output_dir import RunRecord, config_file
 from mlx_distributed.config import Config
 from mlx_distributed.elastic.protocol import End, Outcome

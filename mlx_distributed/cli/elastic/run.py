@@ -15,11 +15,11 @@ import numpy as np
 
 from mlx_distributed import __version__
 from mlx_distributed.cli.beside import Beside
-from mlx_distributed.cli.elastic.machine import Machine
 from mlx_distributed.cli.elastic.transfer import snapshot_of, sums_layout, take, views
 from mlx_distributed.cli.errors import INTERRUPTED
 from mlx_distributed.cli.interrupt import Interrupt
 from mlx_distributed.cli.load import Loaded, load_all
+from mlx_distributed.cli.machine.machine import Machine
 from mlx_distributed.cli.measure import pays_no_more
 from mlx_distributed.cli.output_dir import accept_config
 from mlx_distributed.cli.run import Job, choose_device, make_checkpointer, open_trackers, restore

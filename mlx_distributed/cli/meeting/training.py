@@ -15,9 +15,10 @@ from typing import Any
 
 from mlx_distributed.cli.elastic.invitation import Invitation
 from mlx_distributed.cli.elastic.join import config_here
-from mlx_distributed.cli.elastic.machine import resolve, this_machine
 from mlx_distributed.cli.elastic.ssh import Remotes
 from mlx_distributed.cli.local import log_files, training_job, worker_environment, worker_jobs
+from mlx_distributed.cli.machine.interfaces import resolve
+from mlx_distributed.cli.machine.machine import this_machine
 from mlx_distributed.cli.meeting.guest import come
 from mlx_distributed.cli.meeting.host import Meeting
 from mlx_distributed.cli.meeting.machines import MachineGroup

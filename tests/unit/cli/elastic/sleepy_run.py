@@ -12,8 +12,8 @@ from pathlib import Path
 
 from mlx_distributed.cli import worker
 from mlx_distributed.cli.elastic.host import host
-from mlx_distributed.cli.elastic.machine import Plain
 from mlx_distributed.cli.errors import run
+from mlx_distributed.cli.machine.machine import Plain
 from mlx_distributed.cli.output_dir import open_output_dir
 from mlx_distributed.config import load_config
 

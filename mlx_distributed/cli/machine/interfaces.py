@@ -1,4 +1,4 @@
-"""The machine that a command runs on: kept awake, heard of when it sleeps all the same, and its network interfaces."""
+"""The network interfaces of this machine: their addresses, the one that a name stands for, and which is the better."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import fcntl
 import socket
 import struct
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from mlx_distributed.errors import ConfigError
 
@@ -18,7 +16,6 @@ Kind = Literal["wifi", "ethernet", "thunderbolt", "loopback", "unknown"]
 
 CABLES: tuple[Kind, ...] = ("thunderbolt", "ethernet")
 """The fastest first."""
-NETWORK = Path("/sys/class/net")
 
 # Of <sys/sockio.h> and <linux/sockios.h>. Both put the IPv4 address of an interface at the same place.
 _SIOCGIFADDR = 0xC0206921 if sys.platform == "darwin" else 0x8915
@@ -32,50 +29,6 @@ class Interface:
     name: str
     address: str
     kind: Kind = "unknown"
-
-
-class Machine(Protocol):
-    """What a worker wants of the machine that it runs on."""
-
-    def awake(self) -> AbstractContextManager[None]:
-        """While this lasts, the machine does not go to sleep by itself."""
-        ...
-
-    def on_sleep(self, will_sleep: Callable[[], None], woke: Callable[[], None]) -> AbstractContextManager[None]:
-        """While this lasts, call `will_sleep` before the machine goes to sleep, which waits for its return, and `woke`
-        when it is awake again; both in a thread of its own."""
-        ...
-
-    def interfaces(self) -> Sequence[Interface]:
-        """That are up and have an address."""
-        ...
-
-    def on_battery(self) -> bool: ...
-
-
-class Plain:
-    """Linux. Its machines seldom sleep, so nothing is done about that: who falls silent is left out after 3 s."""
-
-    def awake(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def on_sleep(self, will_sleep: Callable[[], None], woke: Callable[[], None]) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def interfaces(self) -> Sequence[Interface]:
-        return with_addresses({path.name: _kind(path) for path in NETWORK.glob("*")})
-
-    def on_battery(self) -> bool:
-        return False
-
-
-def this_machine() -> Machine:
-    """The one that this process runs on."""
-    if sys.platform == "darwin":
-        from mlx_distributed.cli.elastic.mac import Mac
-
-        return Mac()
-    return Plain()
 
 
 def with_addresses(kinds: Mapping[str, Kind]) -> list[Interface]:
@@ -151,12 +104,3 @@ def advice(address: str, interfaces: Sequence[Interface], on_battery: bool) -> l
     if on_battery:
         lines.append("this machine runs on battery, and may sleep while it trains; connect it to power")
     return lines
-
-
-def _kind(folder: Path) -> Kind:
-    """Of the interface that a folder of /sys/class/net is about."""
-    if (folder / "wireless").exists():
-        return "wifi"
-    if folder.name.startswith("thunderbolt"):
-        return "thunderbolt"
-    return "ethernet" if (folder / "device").exists() else "unknown"

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from ctypes import CDLL, CFUNCTYPE, byref, c_double, c_int32, c_ssize_t, c_ubyte, c_uint32, c_void_p
 from typing import Any
 
-from mlx_distributed.cli.elastic.machine import Interface, Kind, with_addresses
+from mlx_distributed.cli.machine.interfaces import Interface, Kind, with_addresses
 
 # Of IOKit/IOMessage.h.
 CAN_SLEEP, WILL_SLEEP, HAS_POWERED_ON = 0xE0000270, 0xE0000280, 0xE0000300

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from mlx_distributed.cli.elastic import mac
-from mlx_distributed.cli.elastic.mac import CAN_SLEEP, HAS_POWERED_ON, WILL_SLEEP, Mac, is_on_battery, kinds
+from mlx_distributed.cli.machine import mac
+from mlx_distributed.cli.machine.mac import CAN_SLEEP, HAS_POWERED_ON, WILL_SLEEP, Mac, is_on_battery, kinds
 
 on_a_mac = pytest.mark.skipif(sys.platform != "darwin", reason="it calls the frameworks and tools of macOS")
 elsewhere = pytest.mark.skipif(sys.platform == "darwin", reason="it is about a system without the tools of macOS")
