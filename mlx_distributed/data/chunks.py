@@ -7,11 +7,13 @@ row by row the tokens, int32 [L], and the loss mask, L bits.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +25,9 @@ from mlx_distributed.data.tokenize import Row
 VERSION = 1
 """Of the format. Goes up whenever an older program would misread a newer file."""
 
+_USERS = "users"
+"""Locked by all that use the chunks beside it."""
+_FOLDER, _OURS = re.compile("[0-9a-f]{32}"), re.compile(rf"[0-9]{{8}}\.(rows|tmp-[0-9]+)|lock|{_USERS}")
 _HEAD = re.compile(rb"mlx-distributed rows ([0-9]{1,9}) ([0-9a-f]{64})\n")
 
 
@@ -109,6 +114,28 @@ def write_chunk(path: Path, rows: Sequence[Row | None], record: Record) -> None:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def hold(folder: Path) -> int:
+    """Say that this process uses the chunks in a folder, until the descriptor is closed. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / _USERS, os.O_RDWR | os.O_CREAT, 0o666)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    return descriptor
+
+
+def remove_others(cache_dir: Path, kept: Collection[Path]) -> None:
+    """Remove the folders of chunks in `cache_dir` but for those that are kept, and those that a process uses; and
+    nothing in them that is not ours."""
+    for folder in list(cache_dir.iterdir()):
+        if folder in kept or folder.is_symlink() or not _FOLDER.fullmatch(folder.name):
+            continue
+        with contextlib.suppress(OSError), (folder / _USERS).open("ab") as users:
+            fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for path in list(folder.iterdir()):
+                if _OURS.fullmatch(path.name):
+                    path.unlink(missing_ok=True)  # Another worker of the run removes them at the same time.
+            folder.rmdir()
 
 
 def _sizes(lengths: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,12 @@ from mlx_distributed.errors import DataError
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 HELD_OUT = {"valid", "validation", "val", "dev", "eval", "test"}
+MAX_PIECE_BYTES = 64 << 20
+"""Of a line of JSON lines, and of `BATCH_ROWS` rows of Parquet as they are in memory, where next to nothing on disk may
+become anything."""
+BATCH_ROWS = 16
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+_HEAD_CHARS = 1 << 14
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
 
@@ -85,11 +91,35 @@ def _read_file(path: Path, source: SourceConfig) -> list[tuple[Place, object]]:
         return _read_parquet(path)
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path} is of no known kind; give a {', '.join(SUFFIXES)} file")
+    _check_memory(path, path.stat().st_size)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return [(Place(str(path), line), row) for line, row in _read_text(path, source)]
     except UnicodeDecodeError as error:
         raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    return [(Place(str(path), line), row) for line, row in _parse(text, path, source)]
+
+
+def _read_text(path: Path, source: SourceConfig) -> Iterator[tuple[int, object]]:
+    """The rows of a JSON document or of JSON lines, each with its line."""
+    with path.open(encoding="utf-8-sig") as file:
+        is_array = file.read(_HEAD_CHARS).lstrip().startswith("[")
+    if path.suffix == ".json" or is_array:
+        yield from _parse(path.read_text(encoding="utf-8-sig"), path, source)
+    else:
+        yield from _read_lines(path)
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, object]]:
+    """Those of JSON lines."""
+    # Not `splitlines`: it also splits at characters that may stand inside a JSON string, such as U+2028.
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_PIECE_BYTES + 1), ""), 1):
+            if len(line) > MAX_PIECE_BYTES:
+                raise too_long(path, number)
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    yield number, Invalid("line is not valid JSON", str(error))
 
 
 def _parse(text: str, path: Path, source: SourceConfig) -> Iterator[tuple[int, object]]:
@@ -109,13 +139,7 @@ def _parse(text: str, path: Path, source: SourceConfig) -> Iterator[tuple[int, o
         raise DataError(f"{path}:{error.lineno} is not valid JSON ({error.msg}); mend the file") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be parsed as JSON ({error})") from error
-    # Not `splitlines`: it also splits at characters that may stand inside a JSON string, such as U+2028.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield number, Invalid("line is not valid JSON", str(error))
+    yield from _read_lines(path)
 
 
 def _parse_array(text: str, start: int, *, final: bool = False) -> Iterator[tuple[int, object]]:
@@ -169,12 +193,48 @@ def _line(text: str, at: int) -> int:
     return text.count("\n", 0, at) + 1
 
 
+def too_long(path: Path, line: int) -> DataError:
+    """Of a line with more than `MAX_PIECE_BYTES`."""
+    return DataError(
+        f"{path}:{line} is longer than {MAX_PIECE_BYTES >> 20} MiB, the most that a line may have, as each line is a "
+        "row; write one row per line and cut long texts, or name another file if this is none of JSON lines"
+    )
+
+
+def check_batch(batch: Any, path: Path, first: int) -> None:
+    """Raise DataError where a few rows of Parquet, from number `first` on, are too large in memory."""
+    if batch.nbytes > MAX_PIECE_BYTES:
+        raise DataError(
+            f"{path}: rows {first} to {first + len(batch) - 1} take {batch.nbytes >> 20} MiB in memory, and "
+            f"{BATCH_ROWS} rows may take {MAX_PIECE_BYTES >> 20} MiB; cut long texts, or remove columns that are not "
+            "needed"
+        )
+
+
+def _check_memory(path: Path, num_bytes: int) -> None:
+    """Raise DataError where what is read whole is larger than the memory of this machine."""
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if num_bytes > memory_bytes:
+        raise DataError(
+            f"{path} holds {num_bytes / 1e9:.1f} GB or more and is read whole, and this machine has "
+            f"{memory_bytes / 1e9:.1f} GB of memory; set data.streaming to true, which reads .jsonl and .parquet files "
+            "in parts"
+        )
+
+
 def _read_parquet(path: Path) -> list[tuple[Place, object]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    rows: list[object] = []
+    num_bytes = 0
     try:
-        rows = pq.read_table(path).to_pylist()
+        with pq.ParquetFile(path) as table:
+            for batch in table.iter_batches(BATCH_ROWS):
+                check_batch(batch, path, len(rows) + 1)
+                num_bytes += batch.nbytes
+                _check_memory(path, num_bytes)
+                rows += batch.to_pylist()
     except pa.ArrowException as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}") from error
     return [(Place(str(path), number), row) for number, row in enumerate(rows, 1)]

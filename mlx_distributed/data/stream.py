@@ -7,6 +7,9 @@ Rows that cannot be trained on make the micro-batches of their block smaller. A 
 
 from __future__ import annotations
 
+import contextlib
+import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -17,7 +20,7 @@ import numpy as np
 
 from mlx_distributed.config.schema import Config
 from mlx_distributed.data.builder import Builder, Wanted, Workshop
-from mlx_distributed.data.chunks import Chunk, Damaged
+from mlx_distributed.data.chunks import Chunk, Damaged, hold, remove_others
 from mlx_distributed.data.plan import WINDOW_STEPS, Plan, random_keys
 from mlx_distributed.data.streams import open_stream
 from mlx_distributed.data.tokenize import Row
@@ -43,10 +46,13 @@ class StreamRows:
     Args:
         workshops: one for each source.
         builder: of their chunks.
+        own_cache: whether nobody else is meant to use the folder of the chunks, so that those of other settings are
+            removed.
     """
 
-    def __init__(self, workshops: Sequence[Workshop], builder: Builds) -> None:
-        self.workshops, self._builder = workshops, builder
+    def __init__(self, workshops: Sequence[Workshop], builder: Builds, own_cache: bool = False) -> None:
+        self.workshops, self._builder, self._own_cache = workshops, builder, own_cache
+        self._claimed = False
         self._chunk = lru_cache(MAX_OPEN)(self._open)
         self._sizes: dict[int, int] = {}  # of the sources whose end is known, in rows
 
@@ -92,7 +98,19 @@ class StreamRows:
             raise StreamError(f"{self.workshops[source].source.path} holds no rows any more")
         return row if size is None else row % size
 
+    def _claim(self) -> None:
+        """Keep others from removing the chunks while this is in use, and remove those that were left behind here."""
+        folders = {workshop.folder: workshop.cache_dir for workshop in self.workshops}
+        with contextlib.suppress(OSError):  # Chunks can be read where nothing can be written.
+            for folder in folders:
+                weakref.finalize(self, os.close, hold(folder))
+            for cache_dir in set(folders.values()) if self._own_cache else ():
+                remove_others(cache_dir, folders)
+
     def _open(self, source: int, number: int) -> Chunk:
+        if not self._claimed:
+            self._claimed = True
+            self._claim()
         path = self.workshops[source].path(number)
         try:
             return Chunk(path)
@@ -203,7 +221,7 @@ def open_stream_plan(config: Config, tokenizer: Any) -> StreamPlan:
     workshops = [Workshop(open_stream(source), source, data, tokenizer, cache_dir) for source in data.train]
     assert train.max_steps is not None
     return StreamPlan(
-        rows=StreamRows(workshops, Builder(workshops)),
+        rows=StreamRows(workshops, Builder(workshops), own_cache=data.cache_dir is None),
         weights=tuple(source.weight for source in data.train),
         shuffle_buffer=data.shuffle_buffer,
         global_batch_size=train.global_batch_size,

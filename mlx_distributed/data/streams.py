@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mlx_distributed.config.schema import SourceConfig
-from mlx_distributed.data.files import HUB_NAME, Place, list_folder
+from mlx_distributed.data.files import (
+    BATCH_ROWS,
+    HUB_NAME,
+    MAX_PIECE_BYTES,
+    Place,
+    check_batch,
+    list_folder,
+    too_long,
+)
 from mlx_distributed.data.messages import Invalid
 from mlx_distributed.errors import DataError, StreamError
 
@@ -26,7 +34,6 @@ HEAD_ROWS = 2048
 """Of each source, read and checked before anything starts."""
 
 _NUM_SAMPLES, _SAMPLE_BYTES = 64, 1 << 14
-_BATCH_ROWS = 1024
 
 RawRow = tuple[Place, object]
 
@@ -168,10 +175,12 @@ def _read_lines(path: Path, mark: Mark, start: int, stop: int) -> tuple[list[Raw
     with path.open("rb") as file:
         file.seek(offset)
         while row < stop:
-            line = file.readline()
+            line = file.readline(MAX_PIECE_BYTES + 1)
             if not line:
                 return rows, Mark(row, mark.file + 1)
             offset, number = offset + len(line), number + 1
+            if len(line) > MAX_PIECE_BYTES:
+                raise too_long(path, number)
             text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if not text.strip():
                 continue
@@ -202,18 +211,19 @@ def _read_table(path: Path, mark: Mark, start: int, stop: int) -> tuple[list[Raw
             for group in range(table.num_row_groups):
                 num_rows = table.metadata.row_group(group).num_rows
                 if max(at, start) < min(at + num_rows, stop):
-                    rows += _read_group(table, path, group, range(max(start, at) - at, min(stop - at, num_rows)), at)
+                    wanted = range(max(start, at) - at, min(stop - at, num_rows))
+                    rows += _read_group(table, path, group, wanted, at - before)
                 at += num_rows
     except pa.ArrowException as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}") from error
-    rows = [(Place(place.file, place.line - before), row) for place, row in rows]
     return rows, Mark(at, mark.file + 1) if stop == at else Mark(stop, mark.file, stop - before, stop - before)
 
 
 def _read_group(table: Any, path: Path, group: int, wanted: range, at: int) -> Iterator[RawRow]:
-    """Some rows of a group whose first row is row `at` of the source; they are placed by their number there."""
+    """Some rows of a group whose first row is row `at` of the file; they are placed by their number there."""
     first = 0
-    for batch in table.iter_batches(_BATCH_ROWS, row_groups=[group]):
+    for batch in table.iter_batches(BATCH_ROWS, row_groups=[group]):
+        check_batch(batch, path, at + first + 1)
         start, stop = max(wanted.start, first), min(wanted.stop, first + len(batch))
         if start < stop:
             found = batch.slice(start - first, stop - start).to_pylist()

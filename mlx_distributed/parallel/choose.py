@@ -91,6 +91,14 @@ def label(schedule: Schedule) -> str:
     return f"{schedule.name} with {', '.join(map(str, numbers))} in flight"
 
 
+def numbers_in_flight(num_workers: int, num_microbatches: int) -> list[int]:
+    """Of the first of several workers, those worth a simulation: from the textbook's, one for each later worker beside
+    its own, to four for each, which are enough where a message takes as long as a stage works on a micro-batch."""
+    later, thirds = num_workers - 1, range(3, 13)
+    numbers = {min(1 + math.ceil(third * later / 3), num_microbatches) for third in thirds}
+    return sorted({max(number, num_workers) for number in numbers})
+
+
 def _of_one_chunk(num_microbatches: int, costs: Costs, memory_bytes: Sequence[int]) -> list[Schedule]:
     num_workers = len(costs.stages)
     found = [

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_distributed.config.schema import SourceConfig
-from mlx_distributed.data.files import read_rows
+from mlx_distributed.data.files import MAX_PIECE_BYTES, read_rows
 from mlx_distributed.data.messages import Invalid
 from mlx_distributed.errors import DataError
 
@@ -20,6 +23,12 @@ ROWS = [{"text": "a"}, {"text": "b\u2028\nc"}, 3]
 def write(path: Path, text: str, encoding: str = "utf-8") -> SourceConfig:
     path.write_bytes(text.encode(encoding))
     return SourceConfig(path=str(path))
+
+
+def peak_bytes() -> int:
+    """Of this process so far."""
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage if sys.platform == "darwin" else usage << 10
 
 
 def lines_and_rows(source: SourceConfig) -> list[tuple[int, object]]:
@@ -106,6 +115,26 @@ def test_a_broken_document_is_refused_with_its_line(tmp_path: Path, text: str, w
         read_rows(write(tmp_path / "a.json", text))
 
 
+def test_a_line_without_an_end_is_refused_and_not_read_into_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "')
+    os.truncate(path, MAX_PIECE_BYTES * 16)
+    before = peak_bytes()
+    with pytest.raises(DataError, match=r"a\.jsonl:2 is longer than 64 MiB, .*; write one row per line"):
+        read_rows(SourceConfig(path=str(path)))
+    assert peak_bytes() - before < 4 * MAX_PIECE_BYTES
+
+
+def test_what_is_larger_than_the_memory_is_not_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.touch()
+    os.truncate(path, 4 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with pytest.raises(
+        DataError, match=r"a\.json holds .* GB or more and is read whole, .* set data\.streaming to true"
+    ):
+        read_rows(SourceConfig(path=str(path)))
+
+
 def test_an_empty_array_holds_no_rows(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.json holds no rows"):
         read_rows(write(tmp_path / "a.json", "[ ]"))
@@ -146,6 +175,14 @@ def test_parquet(tmp_path: Path) -> None:
     assert lines_and_rows(SourceConfig(path=str(path))) == [(1, rows[0]), (2, rows[1])]
     path.write_bytes(b"not parquet")
     with pytest.raises(DataError, match=r"a\.parquet cannot be read as Parquet"):
+        read_rows(SourceConfig(path=str(path)))
+
+
+def test_a_small_table_that_is_large_in_memory_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": pa.array(["a", *["a" * 5_000_000] * 18])}), path, compression="zstd")
+    assert path.stat().st_size < 10_000
+    with pytest.raises(DataError, match=r"a\.parquet: rows 1 to 16 take 71 MiB in memory, and 16 rows may take 64 MiB"):
         read_rows(SourceConfig(path=str(path)))
 
 

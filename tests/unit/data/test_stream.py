@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import time
@@ -168,6 +169,39 @@ def test_settings_that_change_tokens_have_a_folder_of_their_own(
     assert len({other.folder for other in [workshop, *others]}) == len(others) + 1
     same = replace(workshop, source=replace(workshop.source, weight=3.0, path="/elsewhere"))
     assert same.folder == workshop.folder
+
+
+def test_chunks_of_other_settings_are_removed_unless_they_are_in_use(
+    open_plan: Open, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    def used(limit: int, own_cache: bool) -> StreamRows:
+        workshop = open_plan(tmp_path).rows.workshops[0]
+        changed = [replace(workshop, data=replace(workshop.data, max_seq_length=limit))]
+        rows = StreamRows(changed, Here(changed), own_cache)
+        assert (rows.lengths(0, range(3)) > 0).all()
+        return rows
+
+    def there(*every: StreamRows) -> list[bool]:
+        return [rows.workshops[0].path(0).exists() for rows in every]
+
+    first, second = used(100, own_cache=True), used(101, own_cache=False)
+    assert there(first, second) == [True, True]
+    third = used(102, own_cache=True)
+    assert there(first, second, third) == [True, True, True]
+    path = first.workshops[0].folder
+    (tmp_path / "notes").mkdir()
+    (second.workshops[0].folder / "notes").touch()
+    left = [first.workshops[0].path(0), second.workshops[0].path(0)]
+    del first, second
+    gc.collect()
+    fourth = used(103, own_cache=False)
+    assert [each.exists() for each in left] == [True, True]  # The folder is meant for others too.
+    fifth = used(104, own_cache=True)
+    assert [each.exists() for each in left] == [False, False]
+    assert not path.exists()
+    assert [each.name for each in left[1].parent.iterdir()] == ["notes"]
+    assert (tmp_path / "notes").exists()
+    assert there(third, fourth, fifth) == [True, True, True]
 
 
 @pytest.mark.parametrize("harm", ["torn", "version", "removed", "emptied"])

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_distributed.config import SourceConfig
-from mlx_distributed.data.files import Place, read_rows
+from mlx_distributed.data.files import MAX_PIECE_BYTES, Place, read_rows
 from mlx_distributed.data.messages import Invalid
 from mlx_distributed.data.streams import HubStream, Mark, Stream, look_at, open_stream
 from mlx_distributed.errors import DataError, StreamError
@@ -71,6 +71,32 @@ def test_bad_lines_are_rows(tmp_path: Path) -> None:
     assert [place for place, _ in rows] == [Place(str(path), line) for line in (1, 2, 3, 4)]
     assert [isinstance(row, Invalid) for _, row in rows] == [False, True, True, False]
     assert mark.row == 4
+
+
+def test_a_line_without_an_end_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "a"}\n\x00\xff')  # The rest of it is no text.
+    os.truncate(path, MAX_PIECE_BYTES * 4)
+    stream = open_stream(SourceConfig(path=str(path)))
+    rows, mark = stream.read(Mark(), 0, 1)
+    assert (len(rows), mark.row) == (1, 1)
+    with pytest.raises(DataError, match=r"rows\.jsonl:2 is longer than 64 MiB, .* if this is none of JSON lines"):
+        stream.read(mark, 1, 1)
+
+
+def test_rows_of_a_table_that_are_large_in_memory_are_named(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "b.parquet"
+    write_lines(tmp_path / "a.jsonl", [{"text": "a"}] * 3)
+    texts = pa.array([*["a"] * 16, *["a" * 5_000_000] * 16])
+    pq.write_table(pa.table({"text": texts}), path, compression="zstd")
+    stream = open_stream(SourceConfig(path=str(tmp_path)))
+    rows, mark = stream.read(Mark(), 0, 19)
+    assert len(rows) == 19
+    with pytest.raises(DataError, match=r"b\.parquet: rows 17 to 32 take 76 MiB in memory"):
+        stream.read(mark, 19, 1)
 
 
 @pytest.mark.parametrize("change", [lambda text: text + text, lambda text: text.replace("a", "b"), lambda text: ""])
