@@ -125,8 +125,8 @@ def load_state(
         return None
     meta = checkpoint.meta
     meta.check_facts(facts)
-    # The moments of a shard are handed out, to this rank too, when all ranks have the rest; of a stage, all of it.
-    replicated = state.shard is None and state.num_stages == 1 and bool(state.optimizer)
+    # Parts of the moments are handed out, to this rank too, when all ranks have the rest; of a stage, all of it.
+    replicated = not state.parts and state.num_stages == 1 and bool(state.optimizer)
     optimizer = dict(checkpoint.optimizer()) if replicated else state.shared
     parameters = state.parameters if state.num_stages > 1 else checkpoint.parameters()
     state.restore(parameters, optimizer, meta.step, meta.num_tokens, meta.num_skipped)

@@ -20,13 +20,14 @@ import numpy as np
 CHUNK_BYTES = 1 << 20
 """Of payload per frame. Below 512 KiB the fixed cost per gRPC message shows, above 2 MiB nothing is gained."""
 
-_DTYPES = {
+DTYPES = {
     str(dtype): dtype
     for dtype in (
         *(mx.bool_, mx.int8, mx.int16, mx.int32, mx.int64, mx.uint8, mx.uint16, mx.uint32, mx.uint64),
         *(mx.float16, mx.bfloat16, mx.float32, mx.float64, mx.complex64),
     )
 }
+"""By the names that they travel with."""
 
 _HEADER = struct.Struct("<QBxxxIIIIII")
 HEADER_BYTES = _HEADER.size
@@ -144,7 +145,7 @@ def array_from_chunks(chunks: list[bytes | memoryview]) -> mx.array:
     """
     try:
         meta = json.loads(bytes(chunks[0]))
-        dtype, shape = _DTYPES[meta["dtype"]], [int(n) for n in meta["shape"]]
+        dtype, shape = DTYPES[meta["dtype"]], [int(n) for n in meta["shape"]]
         if any(not 0 <= n < 1 << 31 for n in shape):  # MLX counts dimensions in 32 bits
             raise ValueError(meta)
     except NOT_AS_EXPECTED as error:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_distributed.comm.buckets import Arrays, BucketLayout
+from mlx_distributed.parallel.adamw import MOMENTS
 
 Range = tuple[int, int]
 """Half-open, of the elements of a flat array."""
@@ -66,7 +67,16 @@ class Part:
 
     shard: Shard
     moments: Arrays
-    """As from `DistributedAdamW.init`, of the segments."""
+    """`<name>.m` and `<name>.v` of each segment, flat, float32."""
+
+    @classmethod
+    def zeros(cls, layout: Sequence[BucketLayout], slices: Sequence[Range]) -> Part:
+        """As before the first step, of this slice of each bucket."""
+        shard = Shard.of(layout, slices)
+        moments: Arrays = {}
+        for name, (start, stop) in shard.ranges.items():
+            moments |= {f"{name}.{moment}": mx.zeros(stop - start) for moment in MOMENTS}
+        return cls(shard, moments)
 
 
 def _segments(bucket: BucketLayout, start: int, stop: int) -> dict[str, Range]:

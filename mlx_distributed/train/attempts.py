@@ -25,7 +25,7 @@ def enter(phases: Phases, state: TrainState, comm: Communicator) -> None:
         CommError: a peer was lost; the state can enter another group.
         TrainingError: what only some ranks had is lost.
     """
-    if state.shard is not None:
+    if state.parts:
         mirrors.spread(state, phases.layout(state), comm)
 
 
@@ -43,7 +43,7 @@ def begin(phases: Phases, state: TrainState) -> AnyAttempt:
     """The next step, or round of steps."""
     if state.inner is not None:
         return RoundAttempt(phases, state)
-    return Attempt(phases, state) if state.shard is None else ShardedAttempt(phases, state)
+    return ShardedAttempt(phases, state) if state.parts else Attempt(phases, state)
 
 
 def empty_sums(phases: Phases, state: TrainState, number: int) -> Arrays:
@@ -51,14 +51,14 @@ def empty_sums(phases: Phases, state: TrainState, number: int) -> Arrays:
     if state.inner is not None:
         return rounds.empty_sums(phases, state, number)
     sums = state.parameters | Tally.empty(len(phases.plan.microbatches(number))).part((0, 0))
-    return sums if state.shard is None else sums | sharded_attempt.mark(skipped=False)
+    return sums | sharded_attempt.mark(skipped=False) if state.parts else sums
 
 
 def replay(phases: Phases, state: TrainState, sums: Arrays) -> None:
     """Take the next step, or round, given the sums with which others have taken it; `sums` is emptied."""
     if state.inner is not None:
         rounds.replay(phases, state, sums)
-    elif state.shard is None:
-        phases.commit(state, state.step, phases.reduced(state, phases.work(state.step), sums), LocalComm())
-    else:
+    elif state.parts:
         sharded_attempt.replay(state, sums)
+    else:
+        phases.commit(state, state.step, phases.reduced(state, phases.work(state.step), sums), LocalComm())

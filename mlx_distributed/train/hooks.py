@@ -17,8 +17,7 @@ from mlx_distributed.train.best import EVAL_LOSS, cost
 from mlx_distributed.train.checkpoint import Checkpointer, CheckpointMeta
 from mlx_distributed.train.evaluation import Sample, Scored, evaluate_loss
 from mlx_distributed.train.pipeline import Pipeline
-from mlx_distributed.train.private import collect, give
-from mlx_distributed.train.setup import owned_slices
+from mlx_distributed.train.private import collect, give, missing
 from mlx_distributed.train.state import TrainState
 from mlx_distributed.train.step_info import StepInfo
 
@@ -89,12 +88,12 @@ class Save:
     def _save(self, state: TrainState, comm: Communicator) -> None:
         if not state.step or self._saved == (state.step, state.metrics):
             return
-        if missing := self._missing(state, comm):
+        if lacking := missing(state, self._layout, comm):
             if self._saved[0] != state.step:
                 last = self._checkpointer.find("auto")
                 name = last.folder.name if last else "there is none yet"
                 self._tracker.message(
-                    f"step {state.step} cannot be saved, as every worker had a part of {missing}: "
+                    f"step {state.step} cannot be saved, as every worker had a part of {lacking}: "
                     f"--resume goes on from the last whole checkpoint ({name})"
                 )
             return
@@ -112,14 +111,6 @@ class Save:
 
     def _cost(self, state: TrainState) -> float:
         return cost(self._checkpointer.metric, state.metrics.get(self._checkpointer.metric))
-
-    def _missing(self, state: TrainState, comm: Communicator) -> str | None:
-        """Of what there is only a part in this group."""
-        if state.num_stages > comm.size:
-            return "the layers (parallel.pipeline)"
-        if state.shard is not None and state.shard.slices != owned_slices(self._layout, comm):
-            return "the moments (optimizer.shard)"
-        return None
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def spread(state: TrainState, layout: Sequence[BucketLayout], comm: Communicator
     """
     wanted = wanted_slices(layout, comm)
     if not state.optimizer[STEP].item():  # All are zero, so nobody needs to be asked.
-        state.hold([_zeros(layout, slices) for slices in wanted[comm.rank]])
+        state.parts = [Part.zeros(layout, slices) for slices in wanted[comm.rank]]
         return
     had = [part for part in state.parts if part.shard.slices]
     moves = plan_moves(_all_held(had, len(layout), comm), wanted)
@@ -102,21 +102,16 @@ def spread(state: TrainState, layout: Sequence[BucketLayout], comm: Communicator
             "were lost at once; --resume goes on from the last checkpoint"
         )
     got = _exchange(had, moves, comm)
-    parts = [_part(layout, slices, had, got, state.optimizer[STEP]) for slices in wanted[comm.rank]]
+    parts = [_part(layout, slices, had, got) for slices in wanted[comm.rank]]
     # Nobody lets go of anything before all have what they need.
-    state.hold([*parts, *had])
+    state.parts = [*parts, *had]
     comm.barrier(_MOMENTS)
-    state.hold(parts)
+    state.parts = parts
 
 
-def forget(state: TrainState, num_updates: mx.array) -> None:
-    """Let go of all moments: the state is of a later step than they are.
-
-    Args:
-        state: whose parameters are newer.
-        num_updates: that have led to them.
-    """
-    state.hold([Part(Shard.of([], []), {STEP: num_updates})])
+def forget(state: TrainState) -> None:
+    """Let go of all moments: the state is of a later step than they are."""
+    state.parts = [Part.zeros([], [])]
 
 
 def mirrored(state: TrainState, gradients: Arrays, what: str, comm: Communicator) -> list[Arrays]:
@@ -133,28 +128,20 @@ def mirrored(state: TrainState, gradients: Arrays, what: str, comm: Communicator
     Raises:
         CommError: a peer was lost, or gave something else.
     """
-    assert state.shard is not None
-    flats = []
-    for mirror in state.mirrors:
+    (own, *mirrors), flats = state.parts, []
+    for mirror in mirrors:
         after, before = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
-        own = state.shard.join(dict(gradients))
-        mx.eval(own)
-        for flat, (start, stop) in zip(own, mirror.shard.slices, strict=True):
+        mine = own.shard.join(dict(gradients))
+        mx.eval(mine)
+        for flat, (start, stop) in zip(mine, mirror.shard.slices, strict=True):
             comm.send(flat, after, _TAG, what)
             flats.append(_received((stop - start,), before, what, comm))
-    return [mirror.shard.split(flats) for mirror in state.mirrors]
+    return [mirror.shard.split(flats) for mirror in mirrors]
 
 
 def _reach(ranges: Sequence[Range], at: int) -> int:
     """Up to where, from `at` on, a single range goes; `at` where none has it."""
     return max((stop for start, stop in ranges if start <= at < stop), default=at)
-
-
-def _zeros(layout: Sequence[BucketLayout], slices: Slices) -> Part:
-    shard, moments = Shard.of(layout, slices), {STEP: mx.array(0, mx.uint64)}
-    for name, (start, stop) in shard.ranges.items():
-        moments |= {f"{name}.{moment}": mx.zeros(stop - start) for moment in MOMENTS}
-    return Part(shard, moments)
 
 
 def _all_held(had: Sequence[Part], num_buckets: int, comm: Communicator) -> list[list[Slices]]:
@@ -206,9 +193,7 @@ def _moments(had: Sequence[Part], bucket: int, wanted: Range) -> np.ndarray:
     return moments
 
 
-def _part(
-    layout: Sequence[BucketLayout], slices: Slices, had: Sequence[Part], got: dict[Move, mx.array], step: mx.array
-) -> Part:
+def _part(layout: Sequence[BucketLayout], slices: Slices, had: Sequence[Part], got: dict[Move, mx.array]) -> Part:
     """The part that has these slices, of what is here and what others have given."""
     for part in had:
         if part.shard.slices == slices:
@@ -220,7 +205,8 @@ def _part(
             if move.bucket == bucket and start <= move.start and move.stop <= stop:
                 moments[:, move.start - start : move.stop - start] = np.asarray(array)
         buckets.append(mx.array(moments))
-    shard, arrays = Shard.of(layout, slices), {STEP: step}
+    shard = Shard.of(layout, slices)
+    arrays: Arrays = {}
     for row, moment in enumerate(MOMENTS):
         flats = shard.split([moments[row] for moments in buckets])
         arrays |= {f"{name}.{moment}": flat for name, flat in flats.items()}

@@ -181,7 +181,7 @@ class Phases:
         """This rank's share of a step, of which nothing is kept; see `add`."""
         num = len(work.microbatches)
         start, stop = share(num, rank_weights(self.config.parallel.share, comm.size))[comm.rank]
-        operation = "all_reduce" if state.shard is None else "reduce_scatter"
+        operation = "reduce_scatter" if state.parts else "all_reduce"
         what = f"{operation} of the gradients of step {work.step + 1}"
         leaves = range(start, stop)
         return self.add(state, work, self.begin(state, work), leaves, lambda: comm.check(what), keep=False)
@@ -314,14 +314,15 @@ class Phases:
         """Add up what all ranks have computed. Raises CommError."""
         layout, tally_layout = self._layouts(state, work)
         what, num = f"the gradients of step {work.step + 1}", len(work.microbatches)
-        if state.shard is None:
+        if not state.parts:
             buckets = comm.all_reduce(layout + tally_layout, num, parts, what, state.feedback)
             return self.reduced(state, work, from_buckets(layout + tally_layout, buckets))
         of_gradients = itertools.islice(parts, len(layout))
         slices = comm.reduce_scatter(layout, num, of_gradients, what, state.feedback)
         tally = comm.all_reduce(tally_layout, num, parts, f"the losses of step {work.step + 1}")
         sums = sharded.gather_block_sums(layout, slices, f"the gradient norm of step {work.step + 1}", comm)
-        return self._reduced(work, state.shard.split(slices), Tally.pop(from_buckets(tally_layout, tally)), sums)
+        segments = state.parts[0].shard.split(slices)
+        return self._reduced(work, segments, Tally.pop(from_buckets(tally_layout, tally)), sums)
 
     def start(self, state: TrainState, work: Work, parts: Iterator[Parts], comm: Communicator) -> Callable[[], Arrays]:
         """Hand over what this rank has computed; what is returned waits for the sums, the tally among them."""
@@ -342,18 +343,18 @@ class Phases:
         rate, num_tokens = self.rate(step), reduced.tally.total_tokens
         if reduced.skipped:
             state.skip(overflow=reduced.tally.first_not_finite() is None)
-        elif state.shard is None:
+        elif not state.parts:
             state.commit(self.optimizer, reduced.gradients, reduced.scale, rate, num_tokens)
         else:
             own, update = state.parts[0], self.update(state, step, reduced)
             what = f"the parameters of step {step + 1}"
             parameters = update.exchange(own, reduced.gradients, self.layout(state), what, comm)
             update.settle(own, reduced.gradients)
-            state.take([parameters], num_tokens)
+            sharded.take(state, parameters, num_tokens)
 
     def update(self, state: TrainState, step: int, reduced: Reduced) -> sharded.Update:
         """Of a shard, what follows from the sums; it can be exchanged and settled by itself."""
-        return sharded.Update(self.optimizer, state.parameters, reduced.scale, self.rate(step))
+        return sharded.Update(self.optimizer, state, reduced.scale, self.rate(step))
 
     def layout(self, state: TrainState) -> tuple[BucketLayout, ...]:
         """Of the gradients; the same in every step, as names and shapes are."""

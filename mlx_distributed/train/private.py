@@ -19,7 +19,6 @@ from mlx_distributed.comm.compress import Feedback
 from mlx_distributed.errors import CheckpointError
 from mlx_distributed.models.tensor_file import Arriving
 from mlx_distributed.parallel.adamw import MOMENTS, STEP
-from mlx_distributed.parallel.shard import Shard
 from mlx_distributed.train import copies, stage_files
 from mlx_distributed.train.agreement import broadcast_bytes
 from mlx_distributed.train.checkpoint import Checkpoint
@@ -27,26 +26,30 @@ from mlx_distributed.train.checkpoint.segments import COPY, FEEDBACK, PENDING, s
 from mlx_distributed.train.loss_scale import LOSS_SCALE, LossScale
 from mlx_distributed.train.outer import NUM_TOKENS
 from mlx_distributed.train.pending import Pending
+from mlx_distributed.train.setup import owned_slices
 from mlx_distributed.train.state import TrainState
 from mlx_distributed.train.tally import PREFIX
 
 _TAG = 1
 _FEEDBACK = "what compression has left out"
 _MOMENTS = "the moments"
-_PRIVATE = "what only one worker has"
 _UNDER_WAY = "the sums that were under way"
 _SUMS, _THEN = f"{PENDING}sums/", f"{PENDING}computed-at/"
 
 
+def missing(state: TrainState, layout: Sequence[BucketLayout], comm: Communicator) -> str | None:
+    """In words, of what this group has only a part, so that it cannot be saved."""
+    if state.num_stages > comm.size:
+        return "the layers (parallel.pipeline)"
+    if state.parts and state.parts[0].shard.slices != owned_slices(layout, comm):
+        return "the moments (optimizer.shard)"
+    return None
+
+
 def give(state: TrainState, layout: Sequence[BucketLayout], comm: Communicator) -> None:
-    """Hand what only this rank has to rank 0, when that asks for it through `collect`."""
-    if state.num_stages > 1:
-        stage_files.give(state, comm)
-        return
-    if _any_own(state, layout):
-        comm.recv(0, _TAG, _PRIVATE)
-        for array in _own(state, layout).values():
-            comm.send(array, 0, _TAG, _PRIVATE)
+    """Hand what only this rank has to rank 0, when that asks for it through `collect`. Raises CommError."""
+    if comm.rank < _num_files(state, layout, comm):
+        stage_files.give(_own(state, layout, comm.rank), comm)
 
 
 def collect(
@@ -54,23 +57,9 @@ def collect(
 ) -> Sequence[Callable[[], Arrays | Arriving]]:
     """On rank 0: what gets, from each rank, what only that has, named as in its file. To be called one after the other,
     in rank order. Empty where all ranks have the same and nothing is under way."""
-
-    def receive(rank: int) -> Arrays:
-        comm.send(mx.zeros(0), rank, _TAG, _PRIVATE)  # Who sends unasked would fill our memory.
-        segments: dict[str, str] = {}
-        if state.shard is not None:
-            segments = _segments(Shard.of(layout, [owned[rank] for owned in comm.slices(layout)]))
-        copy = copies.named(state.inner) if state.inner is not None else {}
-        names = [*segments, *_feedback_names(layout), *copy]
-        return {name: comm.recv(rank, _TAG, _PRIVATE) for name in names}
-
-    if state.num_stages > 1:
-        return stage_files.collect(state, comm)
-    first = _pending(state.pending) if state.pending is not None else {}
-    if _any_own(state, layout):
-        mine = lambda: first | _own(state, layout)  # noqa: E731  # made when it is asked for
-        return [mine, *(partial(receive, rank) for rank in range(1, comm.size))]
-    return [lambda: first] if first else []
+    loads: list[Callable[[], Arrays | Arriving]] = [partial(_own, state, layout, 0)]
+    loads += (partial(stage_files.taken, rank, comm) for rank in range(1, comm.size))
+    return loads[: _num_files(state, layout, comm)]
 
 
 def hand_out(
@@ -79,7 +68,7 @@ def hand_out(
     """Give every rank, of what was saved, what only it is to have.
 
     Args:
-        state: of this rank, whose optimizer and feedback are replaced.
+        state: of this rank, whose moments and feedback are replaced.
         layout: of the gradients.
         checkpoint: on rank 0, what the run goes on from, if anything; the others give None.
         comm: over which it is handed out.
@@ -87,7 +76,7 @@ def hand_out(
     Raises:
         CheckpointError: something saved does not fit the parameters.
     """
-    if state.shard is not None and comm.broadcast(mx.array(checkpoint is not None), 0, _MOMENTS).item():
+    if state.parts and comm.broadcast(mx.array(checkpoint is not None), 0, _MOMENTS).item():
         _hand_out_moments(state, checkpoint, comm)
     if _lossy(layout):
         _hand_out_feedback(state.feedback, layout, checkpoint.feedback() if checkpoint else [], comm)
@@ -96,22 +85,36 @@ def hand_out(
     _hand_out_pending(state, checkpoint.of_ranks(PENDING) if checkpoint else [], comm)
 
 
-def _any_own(state: TrainState, layout: Sequence[BucketLayout]) -> bool:
-    return state.shard is not None or state.inner is not None or _lossy(layout)
+def _num_files(state: TrainState, layout: Sequence[BucketLayout], comm: Communicator) -> int:
+    """The first so many ranks have something that others have not; copies of a pipeline all have the same."""
+    if state.num_stages > 1:
+        return state.num_stages
+    if state.parts or state.inner is not None or _lossy(layout):
+        return comm.size
+    return 0 if state.pending is None else 1
 
 
 def _lossy(layout: Sequence[BucketLayout]) -> bool:
     return any(bucket.lossy for bucket in layout)
 
 
-def _own(state: TrainState, layout: Sequence[BucketLayout]) -> Arrays:
-    """What only this rank has, named as in its file."""
+def _own(state: TrainState, layout: Sequence[BucketLayout], rank: int) -> Arrays:
+    """What only this rank has, named as in its file. Of a pipeline, what rank 0 has is in the files that all share."""
     arrays: Arrays = {}
-    if state.shard is not None:
-        arrays = {name: state.optimizer[moment] for name, moment in _segments(state.shard).items()}
+    if state.pending is not None and rank == 0:
+        arrays |= _pending(state.pending)
+    if state.num_stages > 1 and rank > 0:
+        arrays |= stage_files.named(state)
+    if state.parts:
+        own = state.parts[0]
+        for name, (start, _) in own.shard.ranges.items():
+            for moment in (f"{name}.{kind}" for kind in MOMENTS):
+                arrays[segment_name(moment, start)] = own.moments[moment]
     if _lossy(layout):
-        arrays |= zip(_feedback_names(layout), _owed(state.feedback, layout).values(), strict=True)
-    return arrays | (copies.named(state.inner) if state.inner is not None else {})
+        arrays |= {FEEDBACK + name: array for name, array in _owed(state.feedback, layout).items()}
+    if state.inner is not None:
+        arrays |= copies.named(state.inner)
+    return arrays
 
 
 def _pending(pending: Pending) -> Arrays:
@@ -120,24 +123,13 @@ def _pending(pending: Pending) -> Arrays:
     return {_SUMS + name: array for name, array in pending.sums.items()} | {_THEN + n: a for n, a in then.items()}
 
 
-def _segments(shard: Shard) -> dict[str, str]:
-    """Name of a segment in the file of a rank -> name of the moment."""
-    moments = ((f"{name}.{kind}", start) for name, (start, _) in shard.ranges.items() for kind in MOMENTS)
-    return {segment_name(moment, start): moment for moment, start in moments}
-
-
-def _feedback_names(layout: Sequence[BucketLayout]) -> list[str]:
-    """In the file of a rank, in the order of the layout; none where nothing is left out."""
-    return [FEEDBACK + leaf.name for bucket in layout if bucket.lossy for leaf in bucket.leaves]
-
-
 def _hand_out_moments(state: TrainState, checkpoint: Checkpoint | None, comm: Communicator) -> None:
     """Array by array, of which every rank keeps its segment, so that nobody holds all of them."""
-    assert state.shard is not None
+    own = state.parts[0]
     kinds = {name: (array.dtype, tuple(array.shape)) for name, array in state.shared.items()}
     for name, array in state.parameters.items():
         kinds |= {f"{name}.{moment}": (mx.float32, tuple(array.shape)) for moment in MOMENTS}
-    ranges = {f"{name}.{moment}": owned for name, owned in state.shard.ranges.items() for moment in MOMENTS}
+    ranges = {f"{name}.{moment}": owned for name, owned in own.shard.ranges.items() for moment in MOMENTS}
     saved: Iterable[tuple[str, mx.array | None]]
     saved = checkpoint.optimizer() if checkpoint else ((name, None) for name in sorted(kinds))
     for name, found in itertools.zip_longest(sorted(kinds), saved):
@@ -150,7 +142,7 @@ def _hand_out_moments(state: TrainState, checkpoint: Checkpoint | None, comm: Co
             state.loss_scale = LossScale.of(whole)
         elif name in ranges:
             # Through numpy, as a view would keep the whole in memory.
-            state.optimizer[name] = mx.array(np.asarray(whole).reshape(-1)[slice(*ranges[name])])
+            own.moments[name] = mx.array(np.asarray(whole).reshape(-1)[slice(*ranges[name])])
         comm.barrier(_MOMENTS)  # Or rank 0 would read ahead of what the network can take.
 
 

@@ -10,7 +10,7 @@ from mlx_distributed.comm.base import Communicator
 from mlx_distributed.comm.buckets import Arrays, BucketLayout, backward_order, make_layout
 from mlx_distributed.config import Config
 from mlx_distributed.parallel.adamw import DistributedAdamW
-from mlx_distributed.parallel.shard import Range, Shard
+from mlx_distributed.parallel.shard import Part, Range
 from mlx_distributed.train import outer
 from mlx_distributed.train.loss_scale import LossScale
 from mlx_distributed.train.state import Inner, TrainState
@@ -55,7 +55,6 @@ def init_state(model: nn.Module, config: Config, comm: Communicator) -> TrainSta
         return state
     if config.optimizer.shard:
         layout = gradient_layout(parameters, config.parallel.wire)
-        state.shard = Shard.of(layout, owned_slices(layout, comm))
-        parameters = state.shard.cut(parameters)
-    state.optimizer = optimizer.init(parameters)
+        state.parts = [Part.zeros(layout, owned_slices(layout, comm))]
+    state.optimizer = optimizer.init({} if state.parts else parameters)
     return state

@@ -14,9 +14,10 @@ import mlx.core as mx
 from mlx_distributed.comm.base import Communicator
 from mlx_distributed.comm.buckets import BLOCK, Arrays, BucketLayout, from_buckets
 from mlx_distributed.errors import CommError
-from mlx_distributed.parallel.adamw import MOMENTS, DistributedAdamW, decaying
+from mlx_distributed.parallel.adamw import MOMENTS, STEP, DistributedAdamW, decaying
 from mlx_distributed.parallel.shard import Part
 from mlx_distributed.train.loss import block_sums
+from mlx_distributed.train.state import TrainState
 
 
 def gather_block_sums(
@@ -50,13 +51,13 @@ class Update:
 
     Args:
         optimizer: whose update it is.
-        parameters: whole, of before.
+        state: of before.
         scale: that every gradient is multiplied by.
         learning_rate: of this step.
     """
 
-    def __init__(self, optimizer: DistributedAdamW, parameters: Arrays, scale: mx.array, learning_rate: float) -> None:
-        self._optimizer, self._parameters = optimizer, parameters
+    def __init__(self, optimizer: DistributedAdamW, state: TrainState, scale: mx.array, learning_rate: float) -> None:
+        self._optimizer, self._parameters, self._num_updates = optimizer, state.parameters, state.optimizer[STEP]
         self._scale, self._learning_rate = scale, learning_rate
 
     def exchange(
@@ -81,6 +82,7 @@ class Update:
             updated |= group
             for name in _moments_of(group):  # `settle` computes them: old and new ones would take twice the memory.
                 del moments[name]
+            del group  # The last one would outlive `updated`.
         slices = own.shard.join(updated)
         mx.eval(slices)
         exact = [replace(bucket, wire="fp32") for bucket in layout]
@@ -90,14 +92,21 @@ class Update:
         """Bring the moments of a part to where the update leads; `gradients` is emptied on the way."""
         for group in self._groups(part, gradients, part.moments):
             mx.eval([part.moments[name] for name in _moments_of(group)])
-        mx.eval(part.moments)
 
     def _groups(self, part: Part, gradients: Arrays, moments: Arrays) -> Iterator[Arrays]:
         """The new segments of a part, group by group, not yet evaluated."""
-        whole = self._parameters
-        return self._optimizer.update(
+        whole, moments[STEP] = self._parameters, self._num_updates
+        yield from self._optimizer.update(
             part.shard.cut(whole), gradients, moments, self._scale, self._learning_rate, decaying(whole)
         )
+        del moments[STEP]
+
+
+def take(state: TrainState, parameters: Arrays, num_tokens: int) -> None:
+    """Take new parameters, whole: the end of a step whose moments have been settled, or let go of."""
+    state.optimizer[STEP] = state.optimizer[STEP] + 1
+    mx.eval(state.optimizer)
+    state.take([parameters], num_tokens)
 
 
 def _moments_of(names: Iterable[str]) -> list[str]:

@@ -12,12 +12,11 @@ import mlx.core as mx
 
 from mlx_distributed.comm.base import Communicator
 from mlx_distributed.comm.buckets import Arrays
-from mlx_distributed.parallel.adamw import STEP
 from mlx_distributed.parallel.shard import Part
 from mlx_distributed.train.attempt import Attempt
 from mlx_distributed.train.mirrors import forget, mirrored
 from mlx_distributed.train.phases import Reduced
-from mlx_distributed.train.sharded import Update
+from mlx_distributed.train.sharded import Update, take
 from mlx_distributed.train.state import TrainState
 from mlx_distributed.train.tally import PREFIX, Tally
 
@@ -57,15 +56,14 @@ class ShardedAttempt(Attempt):
         for part, gradients in self._changing:
             self._update.settle(part, gradients)
         if not reduced.skipped:
-            state.hold([part for part, _ in self._changing])
+            state.parts = [part for part, _ in self._changing]
         _apply(state, sums)
         return reduced
 
 
 def replay(state: TrainState, sums: Arrays) -> None:
     """Take a step as others have taken it. The moments are let go: `mirrors.spread` gives newer ones."""
-    step = state.optimizer[STEP]
-    forget(state, step if sums[_SKIPPED].item() else step + 1)
+    forget(state)
     _apply(state, sums)
 
 
@@ -74,7 +72,7 @@ def _apply(state: TrainState, sums: Arrays) -> None:
     if skipped:
         state.skip(overflow=tally.first_not_finite() is None)
     else:
-        state.take([sums], tally.total_tokens)
+        take(state, sums, tally.total_tokens)
 
 
 def mark(skipped: bool) -> Arrays:

@@ -1,12 +1,12 @@
-"""What the stages of a pipeline hold, on its way into a checkpoint with a file for each, back out of one, and into the
-finished model. Rank 0 reads and writes for all, array by array: of what the others hold it has one at a time.
+"""What other ranks hold, on its way to rank 0, which writes it into a checkpoint or the finished model, and what the
+stages of a pipeline get from a checkpoint. Rank 0 reads and writes for all, array by array: of what the others hold it
+has a few at a time.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,36 +14,46 @@ import numpy as np
 
 from mlx_distributed.comm.base import Communicator
 from mlx_distributed.comm.buckets import Arrays
+from mlx_distributed.comm.wire import DTYPES, NOT_AS_EXPECTED
 from mlx_distributed.errors import CommError
 from mlx_distributed.models import trainable
 from mlx_distributed.models.tensor_file import Arriving
+from mlx_distributed.parallel.adamw import STEP
 from mlx_distributed.train.agreement import broadcast_bytes
 from mlx_distributed.train.checkpoint import Checkpoint
 from mlx_distributed.train.checkpoint.segments import STAGE_OPTIMIZER, STAGE_PARAMETERS
 from mlx_distributed.train.state import TrainState
 
 _TAG = 4
-_WHAT = "what a stage holds"
+_WHAT = "what only one worker has"
 _AHEAD_BYTES = 32 << 20
 """Of arrays that are on their way at a time."""
 
 
-def give(state: TrainState, comm: Communicator) -> None:
-    """Hand what this rank has to rank 0, when that asks for it through `collect`. Raises CommError."""
-    if not 0 < comm.rank < state.num_stages:
-        return  # Other copies of the model have the same.
+def named(state: TrainState) -> Arrays:
+    """All that a stage has, named as in the file of a rank."""
     arrays = {STAGE_PARAMETERS + name: array for name, array in state.parameters.items()}
-    arrays |= {STAGE_OPTIMIZER + name: array for name, array in state.moments.items()}
-    kinds = {name: [array.shape, str(array.dtype).rpartition(".")[2]] for name, array in arrays.items()}
+    return arrays | {STAGE_OPTIMIZER + name: array for name, array in state.optimizer.items() if name != STEP}
+
+
+def give(arrays: Arrays, comm: Communicator) -> None:
+    """Hand arrays of this rank to rank 0, when that asks for them through `taken`. Raises CommError."""
+    kinds = {name: [array.shape, str(array.dtype)] for name, array in arrays.items()}
     _answer(mx.array(np.frombuffer(json.dumps(kinds).encode(), np.uint8)), comm)
     for array in arrays.values():
         _answer(array, comm)
 
 
-def collect(state: TrainState, comm: Communicator) -> list[Callable[[], Arriving]]:
-    """On rank 0: what gets from each rank of its copy of the model what that has, named as in its file. To be called
-    one after the other; there is nothing of rank 0 itself, whose part is what a checkpoint has of all ranks else."""
-    return [lambda: Arriving({}, ()), *(partial(_take, rank, comm) for rank in range(1, state.num_stages))]
+def taken(rank: int, comm: Communicator) -> Arriving:
+    """On rank 0: what a rank gives. Raises CommError, also while it arrives."""
+    _ask(rank, comm)
+    sent = np.asarray(comm.recv(rank, _TAG, _WHAT)).tobytes()
+    try:
+        like = {name: mx.zeros(shape, DTYPES[dtype]) for name, (shape, dtype) in json.loads(sent).items()}
+    except (*NOT_AS_EXPECTED, AttributeError) as error:
+        reason = f"sent what are no names, shapes and dtypes ({error})"
+        raise CommError(f"recv of {_WHAT}", rank, comm.generation, 0.0, reason) from None
+    return Arriving(like, _fetched([(rank, due) for due in like.values()], comm))
 
 
 def hand_out(state: TrainState, checkpoint: Checkpoint | None, comm: Communicator) -> None:
@@ -141,10 +151,3 @@ def _fetched(dues: Sequence[tuple[int, mx.array]], comm: Communicator) -> Iterat
             raise CommError(f"recv of {_WHAT}", rank, comm.generation, 0.0, reason)
         ahead_bytes -= due.nbytes
         yield array
-
-
-def _take(rank: int, comm: Communicator) -> Arriving:
-    _ask(rank, comm)
-    kinds = json.loads(np.asarray(comm.recv(rank, _TAG, _WHAT)).tobytes())
-    like = {name: mx.zeros(shape, getattr(mx, dtype)) for name, (shape, dtype) in kinds.items()}
-    return Arriving(like, _fetched([(rank, due) for due in like.values()], comm))

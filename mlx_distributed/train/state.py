@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -15,8 +15,8 @@ from mlx_distributed.comm.buckets import Arrays
 from mlx_distributed.comm.compress import Feedback
 from mlx_distributed.errors import CheckpointError
 from mlx_distributed.models import trainable
-from mlx_distributed.parallel.adamw import STEP, DistributedAdamW, decaying
-from mlx_distributed.parallel.shard import Part, Shard
+from mlx_distributed.parallel.adamw import DistributedAdamW, decaying
+from mlx_distributed.parallel.shard import Part
 from mlx_distributed.train.loss_scale import LOSS_SCALE, LossScale
 from mlx_distributed.train.pending import Pending
 
@@ -42,7 +42,7 @@ class TrainState:
 
     model: nn.Module
     optimizer: Arrays
-    """As from `DistributedAdamW.init`, of all parameters or of the segments in `shard`."""
+    """What all ranks have of the optimizer's state: all of it, as from `DistributedAdamW.init`, or all but `parts`."""
     step: int = 0
     """Steps committed, those that were skipped for a loss that is not finite among them."""
     num_tokens: int = 0
@@ -55,8 +55,9 @@ class TrainState:
     """Of the last evaluation, if it was made at this very step; they go into the checkpoint."""
     evaluations: dict[int, float] = field(default_factory=dict)
     """By step, what decides about early stopping (`best`), of all evaluations so far."""
-    shard: Shard | None = None
-    """Which part of the moments this rank has; None: all of them, as every rank has."""
+    parts: list[Part] = field(default_factory=list)
+    """Of a sharded optimizer: the moments that this rank owns, then those that it keeps for when their owner is lost
+    (`mirrors`). Empty where all ranks have all of them."""
     pending: Pending | None = None
     """Sums that are under way and belong to a coming update."""
     inner: Inner | None = None
@@ -64,8 +65,6 @@ class TrainState:
     is that of the outer one, `outer.init_momentum`."""
     num_stages: int = 1
     """Workers that have one copy of the model between them; parameters and moments are of this one's part alone."""
-    mirrors: list[Part] = field(default_factory=list)
-    """Moments that this rank keeps for when their owner is lost (`mirrors`)."""
     loss_scale: LossScale | None = None
     """For gradients of float16."""
 
@@ -81,25 +80,8 @@ class TrainState:
 
     @property
     def shared(self) -> Arrays:
-        """Of the optimizer's state what is the same on every rank, the loss scale with it."""
-        arrays = self.optimizer if self.shard is None else {STEP: self.optimizer[STEP]}
-        return arrays if self.loss_scale is None else arrays | {LOSS_SCALE: self.loss_scale.array}
-
-    @property
-    def moments(self) -> Arrays:
-        """The optimizer's state but for the number of updates."""
-        return {name: array for name, array in self.optimizer.items() if name != STEP}
-
-    @property
-    def parts(self) -> list[Part]:
-        """Of a shard, all moments that this rank has: its own, then the mirrors."""
-        assert self.shard is not None
-        return [Part(self.shard, self.optimizer), *self.mirrors]
-
-    def hold(self, parts: Sequence[Part]) -> None:
-        """Replace all moments of a shard; the first are this rank's own."""
-        own, *self.mirrors = parts
-        self.shard, self.optimizer = own.shard, own.moments
+        """`optimizer`, and the loss scale with it."""
+        return self.optimizer if self.loss_scale is None else self.optimizer | {LOSS_SCALE: self.loss_scale.array}
 
     def digest(self) -> dict[str, str]:
         """SHA-256 of `params` and of `optimizer`, as far as they are the same on every rank."""
@@ -147,7 +129,7 @@ class TrainState:
             self.num_skipped += 1
 
     def restore(self, parameters: Arrays, optimizer: Arrays, step: int, num_tokens: int, num_skipped: int) -> None:
-        """Take over a saved state. `optimizer` is as `shared`: the moments of a shard stay as they are.
+        """Take over a saved state. `optimizer` is as `shared`: `parts` stay as they are.
 
         Raises:
             CheckpointError: a name, a shape or a dtype is not that of the model; nothing is taken over then.

@@ -10,7 +10,6 @@ from mlx_distributed.elastic.protocol import Outcome
 from mlx_distributed.elastic.recovery import Layout, Received, layout_of
 from mlx_distributed.elastic.snapshots import Snapshot
 from mlx_distributed.errors import CheckpointError
-from mlx_distributed.parallel.adamw import STEP
 from mlx_distributed.train.attempt import quick_digest
 from mlx_distributed.train.attempts import empty_sums, replay
 from mlx_distributed.train.mirrors import forget
@@ -71,8 +70,8 @@ def _restore(phases: Phases, state: TrainState, snapshot: Snapshot) -> None:
         for kind in (_PARAMETERS, _OPTIMIZER)
     )
     counters = snapshot.counters
-    if state.shard is not None:
-        forget(state, state.optimizer[STEP])
+    if state.parts:
+        forget(state)
     state.restore(parameters, optimizer, counters["step"], counters["num_tokens"], counters["num_skipped"])
     state.metrics = {}
     if state.inner is not None:

@@ -63,9 +63,9 @@ def moments(states: Sequence[TrainState]) -> dict[str, mx.array]:
         for moment in ("m", "v"):
             pieces = []
             for state in states:
-                assert state.shard is not None
-                if name in state.shard.ranges:
-                    pieces.append((state.shard.ranges[name], state.optimizer[f"{name}.{moment}"]))
+                own = state.parts[0]
+                if name in own.shard.ranges:
+                    pieces.append((own.shard.ranges[name], own.moments[f"{name}.{moment}"]))
             pieces.sort(key=lambda piece: piece[0])
             flat = mx.concatenate([piece for _, piece in pieces])
             whole[f"{name}.{moment}"] = flat.reshape(states[0].parameters[name].shape)
@@ -87,7 +87,7 @@ def fresh() -> TrainState:
 def behind(other: TrainState) -> TrainState:
     """Of a worker that has been given the state of a run, without moments."""
     state = fresh()
-    forget(state, other.optimizer["step"])
+    forget(state)
     shared = {"step": other.optimizer["step"]}
     state.restore(other.parameters, shared, other.step, other.num_tokens, other.num_skipped)
     return state
@@ -124,10 +124,10 @@ def test_each_has_its_part_and_the_mirror_of_another() -> None:
     in_group(states, 1)
     whole = sum(array.nbytes for name, array in undisturbed(1).optimizer.items() if name != "step")
     for state in states:
-        held = sum(array.nbytes for part in state.parts for name, array in part.moments.items() if name != "step")
+        held = sum(array.nbytes for part in state.parts for array in part.moments.values())
         assert held <= 2 * (whole / 3 + 3 * 2 * 4 * BLOCK)
     for rank, state in enumerate(states):
-        (mirror,) = state.mirrors
+        _, mirror = state.parts
         owner = states[rank - 1].parts[0]
         assert mirror.shard == owner.shard
         assert digest(mirror.moments) == digest(owner.moments)
@@ -155,7 +155,7 @@ def test_a_group_that_fails_while_moments_are_on_their_way_loses_nothing(
     assert isinstance(run_ranks(3, body)[rank], CommError)
     in_group(states, 2)
     assert_undisturbed(states)
-    assert all(len(state.mirrors) == 1 for state in states)
+    assert all(len(state.parts) == 2 for state in states)
 
 
 def test_a_step_that_is_retried_in_another_group() -> None:
@@ -197,7 +197,7 @@ def test_the_vote_of_before_may_still_be_committed() -> None:
         attempts.enter(phases, state, comm)
         attempt = attempts.begin(phases, state)
         attempt.reduce(range(comm.rank, attempt.num_leaves, comm.size), comm)
-        forget(state, state.optimizer["step"])
+        forget(state)
         attempt.commit()
 
     on_ranks(3, body)

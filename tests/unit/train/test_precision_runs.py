@@ -14,6 +14,7 @@ from mlx_distributed.comm.base import Communicator
 from mlx_distributed.comm.buckets import Arrays
 from mlx_distributed.config import Config, OptimizerConfig
 from mlx_distributed.data.batch import Batch, by_length
+from mlx_distributed.parallel.adamw import STEP
 from mlx_distributed.parallel.mesh import Mesh
 from mlx_distributed.train import attempts
 from mlx_distributed.train.evaluation import evaluate_loss
@@ -43,7 +44,7 @@ def trained(config: Config, size: int, begin: LossScale | None = None) -> tuple[
             "eval/loss"
         ]
         close(mesh, comm)
-        parameters, moments = state.parameters, state.moments if state.shard is None else {}
+        parameters, moments = state.parameters, {n: array for n, array in state.optimizer.items() if n != STEP}
         mx.eval(parameters, moments)
         assert all(array.dtype == mx.float32 for array in parameters.values())
         return [*told, scale], parameters, moments, loss

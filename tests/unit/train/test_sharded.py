@@ -13,7 +13,7 @@ import pytest
 from train_samples import CONFIG, NUM_STEPS, TinyModel, make_trainer, on_ranks
 
 from mlx_distributed.comm.base import Communicator, LocalComm
-from mlx_distributed.comm.buckets import BLOCK
+from mlx_distributed.comm.buckets import BLOCK, Arrays
 from mlx_distributed.config import Config
 from mlx_distributed.errors import CommError
 from mlx_distributed.parallel.mesh import Mesh
@@ -50,6 +50,11 @@ def make_state(comm: Communicator, config: Config, dropout: float = 0.0) -> Trai
     state = init_state(WideModel(dropout), config, comm)
     mx.eval(state.parameters, state.optimizer)
     return state
+
+
+def held(state: TrainState) -> Arrays:
+    """All that this rank has of the optimizer's state."""
+    return state.optimizer | {name: array for part in state.parts for name, array in part.moments.items()}
 
 
 def make_save(folder: Path, comm: Communicator, state: TrainState, config: Config) -> Save:
@@ -94,7 +99,7 @@ def test_as_many_bytes_travel_and_every_rank_has_its_share_of_the_moments(tmp_pa
         def work(comm: Communicator) -> tuple[int, int]:
             state = make_state(comm, replace(config, train=train))
             infos = list(make_trainer(replace(config, train=train)).steps(state, Mesh(comm)))
-            moments = sum(array.nbytes for name, array in state.optimizer.items() if name != "step")
+            moments = sum(array.nbytes for name, array in held(state).items() if name != "step")
             return sum(info.sent_bytes for info in infos), moments
 
         return work
@@ -113,9 +118,9 @@ def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(size: int) -> None:
         state, found = make_state(comm, SHARDED), []
         weight = state.model.embed.weight
         state.model.embed.weight = mx.concatenate([weight[:-1], mx.full((1, 8), math.nan)])
-        before = state.digest(), digest(state.optimizer)
+        before = state.digest(), digest(held(state))
         for info in make_trainer(SHARDED).steps(state, Mesh(comm)):
-            after = state.digest(), digest(state.optimizer)
+            after = state.digest(), digest(held(state))
             found.append((info.skipped, after == before))
             before = after
         return found
@@ -133,7 +138,7 @@ def test_a_peer_that_is_lost_leaves_the_last_commit(monkeypatch: pytest.MonkeyPa
         trainer = make_trainer(SHARDED)
         trainer.train_step(state, Mesh(comm))
         comm.barrier("a step")
-        before = state.digest(), digest(state.optimizer), state.step
+        before = state.digest(), digest(held(state)), state.step
         if comm.rank == 1:
 
             def leave(*_: object) -> None:
@@ -142,7 +147,7 @@ def test_a_peer_that_is_lost_leaves_the_last_commit(monkeypatch: pytest.MonkeyPa
             monkeypatch.setattr(comm, operation, leave)
         with pytest.raises(CommError) as caught:
             trainer.train_step(state, Mesh(comm))
-        return caught.value, (state.digest(), digest(state.optimizer), state.step) == before
+        return caught.value, (state.digest(), digest(held(state)), state.step) == before
 
     lost, left = run_ranks(2, body)
     assert isinstance(left, KeyboardInterrupt)
@@ -187,7 +192,7 @@ def go_on_from(folder: Path, config: Config, step: int) -> Callable[[Communicato
     def body(comm: Communicator) -> list[StepInfo]:
         checkpoint = open_checkpoint(folder / f"step-{step:08d}")
         state, meta = make_state(comm, config), checkpoint.meta
-        optimizer = dict(checkpoint.optimizer()) if state.shard is None else state.shared
+        optimizer = state.shared if state.parts else dict(checkpoint.optimizer())
         state.restore(checkpoint.parameters(), optimizer, meta.step, meta.num_tokens, meta.num_skipped)
         layout = gradient_layout(state.parameters, config.parallel.wire)
         hand_out(state, layout, None if comm.rank else checkpoint, comm)
