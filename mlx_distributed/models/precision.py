@@ -10,6 +10,7 @@ Source:
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -29,20 +30,27 @@ def compute_in(model: nn.Module, precision: Precision) -> None:
         lowered: Any = model
         lowered.__class__ = mixed(_Lowered, type(model))
         lowered.precision = precision
+        embeddings: dict[str, Any] = {name: part for name, part in model.named_modules() if type(part) is nn.Embedding}
+        for embedding in embeddings.values():
+            embedding.__class__, embedding.precision = mixed(_Embedding, nn.Embedding), precision
+        lowered.looked_up = frozenset(f"{name}.weight" for name in embeddings)
 
 
-def lower(model: nn.Module, parameters: dict) -> dict:
-    """Parameters of a model as it computes with them: itself a copy for many calls, such as those of generation."""
+def lower(model: nn.Module, parameters: dict, kept: Collection[str] = ()) -> dict:
+    """Parameters of a model as it computes with them, but for the names in `kept`: itself a copy for many calls, such
+    as those of generation."""
     precision = getattr(model, "precision", "fp32")
-    return parameters if precision == "fp32" else cast(model, parameters, _DTYPES[precision])
+    return parameters if precision == "fp32" else cast(model, parameters, _DTYPES[precision], kept)
 
 
-def cast(model: nn.Module, parameters: dict, dtype: mx.Dtype) -> dict:
-    """Cast as `mlx_lm.convert` does: floating arrays only, and not those that the architecture wants left alone."""
+def cast(model: nn.Module, parameters: dict, dtype: mx.Dtype, kept: Collection[str] = ()) -> dict:
+    """Cast as `mlx_lm.convert` does: floating arrays only, and not those that the architecture wants left alone, nor
+    the names in `kept`."""
     castable = getattr(model, "cast_predicate", lambda name: True)
 
     def to_dtype(name: str, array: mx.array) -> mx.array:
-        return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) and castable(name) else array
+        floating = mx.issubdtype(array.dtype, mx.floating)
+        return array.astype(dtype) if floating and castable(name) and name not in kept else array
 
     lowered: dict = tree_map_with_path(to_dtype, parameters)
     return lowered
@@ -69,8 +77,20 @@ class _Lowered:
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         held = self.trainable_parameters()
-        self.update(lower(self, held))
+        self.update(lower(self, held, self.looked_up))
         try:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         finally:
             self.update(held)
+
+
+class _Embedding:
+    """Mixed into the class of an embedding: rows are cast once they are looked up, so the gradient of a row, a sum over
+    all places of its token, is added in float32. MLX adds it in the type of the matrix, where a sum in bfloat16 no
+    longer grows at 256 times what is added, and common tokens have thousands of places."""
+
+    def __call__(self: Any, tokens: mx.array) -> Any:
+        return super().__call__(tokens).astype(_DTYPES[self.precision])  # type: ignore[misc]
+
+    def as_linear(self: Any, hidden: mx.array) -> mx.array:
+        return hidden @ self.weight.astype(hidden.dtype).T

@@ -58,3 +58,25 @@ def test_weights_beyond_float16_are_refused_and_bf16_takes_them(tiny: Path) -> N
     other, _, _ = load(ModelConfig(path=str(tiny)))
     compute_in(other, "bf16")
     check_range(other)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_gradient_of_a_token_counts_each_of_its_places(tiny: Path, precision: Precision) -> None:
+    model, _, _ = load(ModelConfig(path=str(tiny)))
+    prepare(model, "full", LoraConfig(), seed=0)
+
+    def gradient(num_rows: int) -> mx.array:
+        held = model.trainable_parameters()
+
+        def loss_of(parameters: dict) -> mx.array:
+            model.update(parameters)
+            return model(mx.full((num_rows, 1), 1))[..., 2].astype(mx.float32).sum()
+
+        gradients = dict(tree_flatten(mx.grad(loss_of)(held)))
+        model.update(held)
+        return gradients["model.embed_tokens.weight"][1]
+
+    exact = gradient(1)
+    compute_in(model, precision)
+    difference = gradient(5000) / 5000 - exact
+    assert mx.linalg.norm(difference).item() <= 0.02 * mx.linalg.norm(exact).item()
