@@ -20,7 +20,7 @@ from mlx_distributed.comm.tree_sum import Node
 from mlx_distributed.elastic.assignment import assign, undivided
 from mlx_distributed.elastic.links import Linked, share_by_links
 from mlx_distributed.elastic.membership import Membership
-from mlx_distributed.elastic.protocol import Epoch, EpochId, Fetch, Loss, Outcome, WorkerId
+from mlx_distributed.elastic.protocol import Epoch, EpochId, Fetch, Loss, Outcome, Refused, WorkerId
 from mlx_distributed.elastic.worker import View
 from mlx_distributed.errors import CommError, TrainingError
 
@@ -116,12 +116,21 @@ class Run(Protocol[AttemptT, InfoT]):
         """There has been no coordinator for long. Called once."""
         ...
 
+    def abandoned(self, away_s: float) -> TrainingError:
+        """There has been no coordinator for so long that this worker ends: why, and how to go on, for people."""
+        ...
+
+    def missed(self, result: str) -> None:
+        """The others have come to the end of the run without this worker, which ends as well."""
+        ...
+
 
 def run_elastic(
     run: Run[AttemptT, InfoT],
     member: Membership,
     form: Callable[[EpochId, int, int], Group],
     grace_s: float,
+    wait_s: float,
     measures_links: bool = True,
 ) -> None:
     """Take the steps of a run together with whoever is there, until all are taken, or this worker is to leave.
@@ -131,12 +140,13 @@ def run_elastic(
         member: of this worker; its view knows what step the state is of.
         form: makes the group of an epoch, not yet connected, given its id, the rank in it and its size.
         grace_s: for how long the coordinator may be away before `run.alone` is called.
+        wait_s: for how much longer it is waited for then.
         measures_links: of workers on several machines, the same on all of them; otherwise links count as alike.
 
     Raises:
-        TrainingError: this worker is not let in, or the run has failed.
+        TrainingError: this worker is not let in, the run has failed, or the coordinator does not come back.
     """
-    _Loop(run, member, form, grace_s, measures_links).run()
+    _Loop(run, member, form, grace_s, wait_s, measures_links).run()
 
 
 class _Loop(Generic[AttemptT, InfoT]):
@@ -146,9 +156,11 @@ class _Loop(Generic[AttemptT, InfoT]):
         member: Membership,
         form: Callable[[EpochId, int, int], Group],
         grace_s: float,
+        wait_s: float,
         measures_links: bool,
     ) -> None:
-        self._run, self._member, self._form, self._grace_s = run, member, form, grace_s
+        self._run, self._member, self._form = run, member, form
+        self._grace_s, self._wait_s = grace_s, wait_s
         self._measures_links = measures_links
         self._attempt: AttemptT | None = None
         self._failed: EpochId | None = None
@@ -162,7 +174,7 @@ class _Loop(Generic[AttemptT, InfoT]):
         self._was_alone = False
 
     def run(self) -> None:
-        while self._run.step < self._run.num_steps or self._told < self._run.step:
+        while self._run.step < self._run.num_steps:  # No epoch follows the last one, in which anything could be told.
             view = self._wait(lambda v: self._to_enter(v) or v.offer or self._to_commit(v) or self._run.leaving)
             if self._run.leaving_others or (
                 self._run.leaving and not self._to_enter(view) and not self._to_commit(view)
@@ -174,6 +186,10 @@ class _Loop(Generic[AttemptT, InfoT]):
                 self._take_part(epoch, view)
             elif view.offer is not None:
                 self._fetch(view.offer)
+            else:
+                assert view.ended is not None
+                self._run.missed(view.ended.reason)
+                return
 
     def _to_enter(self, view: View) -> Epoch | None:
         return view.epoch if view.epoch is not None and view.epoch.id != self._failed else None
@@ -182,17 +198,20 @@ class _Loop(Generic[AttemptT, InfoT]):
         return self._attempt is not None and view.committed.step > self._run.step
 
     def _wait(self, ready: Callable[[View], object]) -> View:
-        """Until the view is as wanted, or this worker has no place in the run any more."""
+        """Until the view is as wanted, or the run has come to its end without this worker."""
         while True:
             view = self._member.wait(lambda v: v if v.ended or ready(v) else None, LOOK_S)
             if view is None:
-                if not self._was_alone and self._member.away_s >= self._grace_s:
+                away_s = self._member.away_s
+                if not self._was_alone and away_s >= self._grace_s:
                     self._was_alone = True
                     self._run.alone()
-            elif view.ended is None or ready(view):
-                return view
-            else:
+                elif away_s >= self._grace_s + self._wait_s:
+                    raise self._run.abandoned(away_s)
+            elif (isinstance(view.ended, Refused) or (view.ended and view.ended.failed)) and not ready(view):
                 raise TrainingError(view.ended.reason)
+            else:
+                return view
 
     def _fetch(self, offer: Fetch) -> None:
         outcome = self._run.fetch(offer)
@@ -219,10 +238,11 @@ class _Loop(Generic[AttemptT, InfoT]):
                     if not self._to_commit(view):
                         return
                     self._commit()
-                    if view.epoch is None or _over(view, epoch.id):
+                    # After the last step there is no other epoch to tell of it in: where this one is over, rank 0 does.
+                    if _over(view, epoch.id) and self._run.step < self._run.num_steps:
                         return
                     self._tell(epoch, group)
-                    if self._leaves():
+                    if self._leaves() or view.epoch is None:
                         return
                     held, seats = [()] * len(seats), view.epoch.seats
         except CommError as error:

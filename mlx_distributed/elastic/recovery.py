@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 STALL_S = 8.0
 """A source of which no message comes for so long is given up. Longer than `WAIT_S`, shorter than `LEASE_S`."""
+LATE_S = 0.4
+"""Of several sources, who has not answered so long after the others is left out: they can give it too."""
 NUM_CALLS = 2
 """To each source at a time: while one answer is checked, the other is on its way."""
 HASH_BYTES = 32
@@ -51,6 +53,8 @@ class Received:
     later: tuple[tuple[Outcome, Mapping[str, np.ndarray]], ...]
     """Reduced gradients of the steps that follow it, in order, as `StateServer.publish` was given them. That they have
     the digest of their outcome is for the caller to check."""
+    faulty: frozenset[str] = frozenset()
+    """Sources that were at fault or late: of others the next steps are had sooner."""
 
 
 def layout_of(arrays: Mapping[str, np.ndarray]) -> Layout:
@@ -117,7 +121,7 @@ async def _fetch(
         except NotReceived:
             if state is None and not later:
                 raise  # Otherwise: the rest another time.
-        return Received(state, tuple(later))
+        return Received(state, tuple(later), transfer.faulty)
 
 
 def _after(at: Outcome, chain: Sequence[Outcome]) -> Sequence[Outcome]:
@@ -208,6 +212,11 @@ class _Transfer:
         reasons = "; ".join(f"{address}: {fault}" for address, fault in self._faults.items())
         return NotReceived(f"no state after step {self._outcome.step} could be had ({reasons or 'of nobody'})")
 
+    @property
+    def faulty(self) -> frozenset[str]:
+        """Addresses of sources that are not asked any more."""
+        return frozenset(self._faults)
+
     async def hold(self, step: int = 0) -> dict[_Source, tuple[Outcome, ...]]:
         """Have all sources keep what they have; who has not taken so many steps is given time to."""
 
@@ -224,9 +233,9 @@ class _Transfer:
                 return ()
             return held
 
-        sources = self._live[:]
-        chains = await asyncio.gather(*map(hold, sources))
-        return {source: chain for source, chain in zip(sources, chains, strict=True) if chain}
+        asked = {asyncio.create_task(hold(source)): source for source in self._live}
+        await self._answers(asked)
+        return {source: chain for task, source in asked.items() if not task.cancelled() and (chain := task.result())}
 
     async def state(self, held: Mapping[_Source, Sequence[Outcome]], mine: Snapshot) -> Snapshot:
         """The state that most of the sources have pinned. Raises NotReceived."""
@@ -249,7 +258,8 @@ class _Transfer:
             live = [source for source in sources if source in self._live]
             if not live:
                 raise self.failed()
-            await asyncio.gather(*(self._draw(source, item, slices, hashes, todo) for source in live * NUM_CALLS))
+            calls = ((self._draw(source, item, slices, hashes, todo), source) for source in live * NUM_CALLS)
+            await self._answers({asyncio.create_task(call): source for call, source in calls})
         return values, arrays
 
     async def _manifest(
@@ -284,6 +294,24 @@ class _Transfer:
                 self._drop(source, fault)
             finally:
                 todo.extendleft(reversed(batch))
+
+    async def _answers(self, asked: Mapping[asyncio.Task[Any], _Source]) -> None:
+        """Wait for what was asked of sources, but not for those that are late where others are done."""
+        pending = set(asked)
+        try:
+            while pending:
+                done, pending = await asyncio.wait(pending, timeout=LATE_S, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+                late = {asked[task] for task in pending}
+                if not done and any(source in self._live for source in set(asked.values()) - late):
+                    for source in late:
+                        self._drop(source, _Fault(f"silent for {LATE_S:g} s after others were done"))
+                    return
+        finally:
+            for task in pending:
+                task.cancel()
+            await asyncio.gather(*pending, return_exceptions=True)
 
     def _drop(self, source: _Source, fault: _Fault) -> None:
         if source in self._live:

@@ -23,6 +23,9 @@ APART_S = 6.0
 BARRED_S, MAX_BARRED_S = 60.0, 3840.0
 """A worker that was left out because another one does not reach it may come back after that; each time it takes twice
 as long, as each time the others lose some seconds."""
+RETURN_S = 120.0
+"""A worker that was given up for silence may be cut off. Where the run ends before so much time has passed, the
+coordinator stays for the rest of it, to tell that worker."""
 MAX_LOSSES = 2
 """So many times within one step a collective may fail between two workers that both are alive."""
 MAX_DISAGREEMENTS = 2
@@ -103,6 +106,8 @@ class State:
     """Incarnations that had another gradient than the majority, until they have fetched the state."""
     barred: Mapping[str, Bar] = field(default_factory=dict)
     """By name; kept when it is over."""
+    given_up_s: Mapping[str, float] = field(default_factory=dict)
+    """When a worker was given up for silence, by name, until one of that name comes."""
     losses: Mapping[Names, int] = field(default_factory=dict)
     """How often the collective has failed in this step between two workers that are alive."""
     apart_since_s: Mapping[Names, float] = field(default_factory=dict)
@@ -141,6 +146,23 @@ class State:
     def finished(self) -> bool:
         """All steps are taken."""
         return self.committed.step >= self.rules.num_steps
+
+    def giving_up(self, name: str) -> State:
+        """With a worker given up for silence."""
+        return replace(self, given_up_s={**self.given_up_s, name: self.now_s})
+
+    def hearing_of(self, name: str) -> State:
+        """With a worker of this name here."""
+        return replace(self, given_up_s={other: at_s for other, at_s in self.given_up_s.items() if other != name})
+
+    def cut_off(self) -> list[str]:
+        """Names of those that may yet come back to hear that the run is over."""
+        return [name for name, given_up_s in self.given_up_s.items() if self.now_s - given_up_s < RETURN_S]
+
+    def result(self) -> str:
+        """What has become of a run that is finished, for a worker that was not there at the end."""
+        leader = self.epoch.seats[0].worker.name if self.epoch and self.epoch.seats else None
+        return "all steps are taken" + (f", and the model is in the output folder of worker {leader}" if leader else "")
 
     def min_workers(self, now_s: float) -> int:
         """That an epoch must have now."""
@@ -275,7 +297,10 @@ class State:
 
     def missing(self, now_s: float) -> str:
         """What training waits for, in words; empty while an epoch is at work, or all is done."""
-        if self.finished or (self.epoch is not None and self.broken is None and self.seated()):
+        if self.finished:
+            left = "" if self.members else listed(self.cut_off())
+            return left and f"all steps are taken; waiting up to {RETURN_S:g} s for {left}, cut off before the end"
+        if self.epoch is not None and self.broken is None and self.seated():
             return ""
         if self.in_doubt():
             return f"waiting for {names(self.in_doubt())} to come back"

@@ -67,7 +67,7 @@ def transition(state: State, event: Event, now_s: float) -> tuple[State, tuple[A
         turn.take_in(event)
         turn.settle(event)
     elif isinstance(event, Hello):
-        turn.send(event.worker, Refused(f"this run is over: {state.ended}"))
+        turn.dismiss(event.worker, event.standing)
     return turn.state, tuple(turn.actions)
 
 
@@ -83,6 +83,14 @@ class _Turn:
 
     def put(self, member: Member) -> None:
         self.state = replace(self.state, members={**self.state.members, member.worker.name: member})
+
+    def dismiss(self, worker: WorkerId, standing: Standing) -> None:
+        """Tell a worker that comes when all is over: it has taken steps of this run, or is not let in any more."""
+        if self.state.finished and standing.committed.step > 0:
+            self.send(worker, Ended(self.state.result(), failed=False))
+        else:
+            reason = self.state.ended or "all steps are taken, by workers that have left"
+            self.send(worker, Refused(f"this run is over: {reason}"))
 
     def take_in(self, event: Event) -> None:
         """What an event says of the worker that it is about."""
@@ -146,6 +154,7 @@ class _Turn:
             known = None
         if known is None or event.standing.serial > known.standing.serial:
             self.put(Member(worker, event.address, event.standing, self.now_s, connected=True))
+            self.state = self.state.hearing_of(worker.name)
 
     def _hear(self, member: Member, standing: Standing) -> None:
         newest = standing if standing.serial > member.standing.serial else member.standing
@@ -264,6 +273,7 @@ class _Turn:
             silent_s = self.now_s - member.heard_s
             if silent_s >= state.patience_s() and member.worker.name in state.waited_for():
                 self._evict(member, f"it was silent for {silent_s:.1f} s while others waited for it")
+                self.state = self.state.giving_up(member.worker.name)
             elif (
                 state.voted_s is not None
                 and self.now_s - state.voted_s >= state.rules.vote_s
@@ -343,19 +353,21 @@ class _Turn:
         )
 
     def _wait(self) -> None:
-        """Say what training waits for, and give up after a while."""
+        """Say what is waited for, and give up after a while; where all is done, end."""
         state = self.state
+        if state.finished and all(member.connected and not state.holds(member) for member in state.members.values()):
+            for member in state.members.values():
+                self.dismiss(member.worker, member.standing)
+            self.state = state = replace(state, members={})
+            if not state.cut_off():
+                self._end("all steps are taken", failed=False)
+                return
         reason = state.missing(self.now_s)
         since_s = None if not reason else self.now_s if state.waiting_since_s is None else state.waiting_since_s
         if reason != state.waiting:
             self.actions.append(WaitFor(reason))
             self.state = replace(state, waiting=reason, waiting_since_s=since_s)
-        if state.finished and all(member.connected and not state.holds(member) for member in state.members.values()):
-            for member in state.members.values():
-                self.send(member.worker, Refused("this run is over: all steps are taken, by workers that have left"))
-            self.state = replace(self.state, members={})
-            self._end("all steps are taken", failed=False)
-        elif since_s is not None and self.now_s - since_s >= state.rules.wait_s:
+        if since_s is not None and not state.finished and self.now_s - since_s >= state.rules.wait_s:
             self._end(f"gave up after {state.rules.wait_s:g} s: {reason}", failed=True)
 
     def _end(self, reason: str, failed: bool) -> None:

@@ -58,6 +58,8 @@ class Played:
     """Digests and counters of the workers that have come to the end, by host."""
     errors: Mapping[str, str]
     """Of those that were not let in or could not go on."""
+    missed: Mapping[str, str]
+    """What those were told, by host, that the others had come to the end without."""
 
     @property
     def commits(self) -> list[int]:
@@ -95,6 +97,7 @@ def play(script: FaultScript, make: Make, journal: Path, limit_s: float = 30.0, 
         records,
         {host: worker.result for host, worker in workers.items() if worker.result is not None},
         {host: str(worker.error) for host, worker in workers.items() if worker.error is not None},
+        {host: worker.missed for host, worker in workers.items() if worker.missed is not None},
     )
 
 

@@ -94,7 +94,15 @@ class Missed:
         return self.who in state.waited_for()
 
 
-When = At | Together | Taken | Missed
+@dataclass(frozen=True)
+class Deserted:
+    """As soon as all steps are taken, and all workers that the coordinator knows have left."""
+
+    def holds(self, occasion: Occasion | None, state: State) -> bool:
+        return state.finished and not state.members
+
+
+When = At | Together | Taken | Missed | Deserted
 
 
 def together(*names: str) -> Together:

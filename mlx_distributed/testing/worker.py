@@ -38,7 +38,7 @@ T = TypeVar("T")
 Make = Callable[[], tuple[Phases, TrainState]]
 
 GROUP_TIMEOUT_S = 300.0
-GRACE_S = 600.0
+GRACE_S = WAIT_S = 600.0
 FLOAT_BYTES = 4
 MIN_SLICE_BYTES = 4096
 """Messages of state that are shorter are not slices."""
@@ -85,6 +85,8 @@ class Worker:
         self.error: TrainingError | None = None
         self.result: Mapping[str, object] | None = None
         """Digests and counters of the state at the end of the run."""
+        self.missed: str | None = None
+        """What it was told of an end at which it was not there."""
         self.view: View | None = None
 
     def begin(self, coordinator: str, token: str, facts: Facts, secret: str) -> None:
@@ -142,7 +144,7 @@ class Worker:
             return group
 
         try:
-            run_elastic(run, member, form, GRACE_S)
+            run_elastic(run, member, form, GRACE_S, WAIT_S)
             if run.step == run.num_steps:
                 counters = {"num_tokens": state.num_tokens, "num_skipped": state.num_skipped}
                 self.result = {**state.digest(), **counters}
@@ -229,6 +231,12 @@ class _Run:
 
     def alone(self) -> None:
         pass
+
+    def abandoned(self, away_s: float) -> TrainingError:
+        return TrainingError(f"no coordinator for {away_s:.0f} s")
+
+    def missed(self, result: str) -> None:
+        self.worker.missed = result
 
     def _publish(self, outcome: Outcome, sums: dict[str, Any] | None) -> None:
         self.worker.step, self._outcome = self.step, outcome

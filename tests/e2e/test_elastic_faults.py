@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from support import (
     NUM_STEPS,
     Command,
     assert_exactly_once,
+    checkpoints,
     commits,
     digest,
     ends_within,
@@ -245,3 +247,26 @@ def test_workers_that_agree_now_and_then(config: Path, tmp_path: Path) -> None:
     rounds = [*range(2, NUM_STEPS, 2), NUM_STEPS]
     assert commits(out) == list(range(1, len(rounds) + 1))
     assert steps(out) == rounds
+
+
+def test_who_is_left_by_all_others_for_good_saves_and_says_how_to_go_on(config: Path, tmp_path: Path) -> None:
+    out, joined = tmp_path / "out", tmp_path / "joined"
+    patience = [
+        "elastic.coordinator_grace_s=0.5",
+        "elastic.wait_s=0.5",
+        "train.max_steps=1000",
+        "checkpoint.steps=null",
+    ]
+    with elastic(config, out, 1, OPEN, *patience) as run, join(run.join_string(), joined) as left:
+        for _ in range(2):
+            left.read_until("step ")
+        leader = epochs(out)[-1][0]
+        run.kill()
+        done = left.wait()
+    assert done.status == 1
+    words = (
+        rf"no coordinator has answered at 127\.0\.0\.1:\d+ for \d+ s .* its model is in the output folder of {leader}\."
+    )
+    assert re.match(words, done.error), done
+    (step,) = re.findall(r"This worker has step (\d+) of 1000, and what it has saved is in .*/joined;", done.error)
+    assert [folder.name for folder in checkpoints(joined)][-1] == f"step-{int(step):08}"

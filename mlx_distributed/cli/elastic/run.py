@@ -33,8 +33,9 @@ from mlx_distributed.elastic.membership import Membership
 from mlx_distributed.elastic.protocol import NOTHING, START, EpochId, Facts, Fetch, Outcome, WorkerId
 from mlx_distributed.elastic.recovery import NotReceived, fetch_state
 from mlx_distributed.elastic.snapshots import StateServer
+from mlx_distributed.elastic.state import listed
 from mlx_distributed.elastic.worker import View
-from mlx_distributed.errors import ConfigError, StreamError
+from mlx_distributed.errors import ConfigError, StreamError, TrainingError
 from mlx_distributed.tracking import Trackers, open_worker_tracker
 from mlx_distributed.train import attempts
 from mlx_distributed.train.agreement import broadcast_bytes
@@ -100,7 +101,7 @@ def train_elastic(
     run = _Run(job, seat, interrupt, server)
     run.endpoint = endpoint = Endpoint(seat.listen, seat.identity, handlers=server.handlers)
     facts = Facts(job.run_id, __version__, run.digest)
-    coordinator = enroll(run.num_steps, run.digest, run.outcome)
+    coordinator = run.coordinator = enroll(run.num_steps, run.digest, run.outcome)
     view = View(WorkerId(seat.name, uuid.uuid4().hex), committed=run.outcome)
     member = Membership(coordinator, seat.token, facts, view, endpoint.address, seat.identity)
 
@@ -113,7 +114,8 @@ def train_elastic(
         interrupt.training = True
         measures_links = job.config.parallel.bandwidth == "auto"
         with explained(), machine.on_sleep(partial(member.leave, "its machine goes to sleep"), member.come_back):
-            run_elastic(run, member, form, job.config.elastic.coordinator_grace_s, measures_links)
+            elastic = job.config.elastic
+            run_elastic(run, member, form, elastic.coordinator_grace_s, elastic.wait_s, measures_links)
         interrupt.training = False
         run.end()
     except StreamError:
@@ -130,6 +132,8 @@ class _Run:
     """What this worker trains. Rank 0 of an epoch saves, tracks and speaks."""
 
     endpoint: Endpoint
+    coordinator: str
+    """Its address."""
 
     def __init__(self, job: Job, seat: Seat, interrupt: Interrupt, server: StateServer) -> None:
         self._job, self._config, self._token, self._server = job, job.config, seat.token, server
@@ -157,6 +161,8 @@ class _Run:
         self._group: Communicator | None = None
         self._beside: Beside | None = None
         self._before: dict[str, float] = {}
+        self._faulty: frozenset[str] = frozenset()
+        """Sources of the state to be passed over while there are others."""
         self._telling = -1
         """The last step that was begun to be told of."""
 
@@ -209,11 +215,14 @@ class _Run:
     def fetch(self, offer: Fetch) -> Outcome | None:
         layout = partial(sums_layout, self._phases, self._state)
         mine = snapshot_of(self._state, self.outcome)
+        sources = [source for source in offer.sources if source not in self._faulty] or offer.sources
         try:
-            received = fetch_state(self.endpoint, offer.sources, offer.outcome, mine, layout, self._token)
+            received = fetch_state(self.endpoint, sources, offer.outcome, mine, layout, self._token)
         except NotReceived as error:
+            self._faulty = frozenset()
             self.trackers.message(f"the state could not be had: {error}")
             return None
+        self._faulty |= received.faulty
         self._publish(take(self._phases, self._state, self.outcome, received), None)
         return self.outcome
 
@@ -247,6 +256,22 @@ class _Run:
         self.trackers.message("the coordinator is away; what was committed is saved, and this worker waits for it")
         if self._spoke and self._beside is not None:  # Others have other folders, and may be lost.
             self._beside.save.alone(self._state)
+
+    def abandoned(self, away_s: float) -> TrainingError:
+        others = listed({*self._members} - {self._name})
+        return TrainingError(
+            f"no coordinator has answered at {self.coordinator} for {away_s:.0f} s (elastic.coordinator_grace_s and "
+            f"elastic.wait_s): the run is over, or was ended. This worker has step {self.step} of {self.num_steps}, "
+            f"and what it has saved is in {self._config.output_dir}"
+            + (f"; if the run is over, its model is in the output folder of {others}" if others else "")
+            + ". To go on with it, start it with --resume where it was begun, and join with the string printed there"
+        )
+
+    def missed(self, result: str) -> None:
+        if self._beside is None:  # It had fetched what others have, and was never one of them.
+            raise TrainingError(f"this run is over: {result}")
+        self.trackers.message(f"the run has ended without this worker, which has step {self.step}: {result}")
+        self.num_steps = self.step
 
     def _begin(self, seat: Seat) -> Outcome:
         """What this worker begins with."""

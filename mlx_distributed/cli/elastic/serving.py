@@ -102,8 +102,8 @@ class Serving:
 
     @property
     def has_workers(self) -> bool:
-        """Whether any worker is with the coordinator."""
-        return bool(self._coordinator.state.members)
+        """Whether any worker is with the coordinator; or all steps are taken, and it is about to end by itself."""
+        return bool(self._coordinator.state.members) or self._coordinator.state.finished
 
     def end(self, timeout_s: float) -> End | None:
         """Why the run is over, None while it is not.

@@ -17,6 +17,7 @@ from mlx_distributed.testing.faults import (
     COORDINATOR,
     At,
     Corrupt,
+    Deserted,
     Fault,
     FaultScript,
     Go,
@@ -288,6 +289,18 @@ GIVEN_UP = [
 @pytest.mark.usefixtures("impatient")
 def test_who_was_given_up_comes_back(row: Row, undisturbed: Mapping[str, object], tmp_path: Path) -> None:
     check(play(FaultScript(row.workers, row.chains), make, tmp_path / "journal"), undisturbed, row.ends)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_who_is_cut_off_until_the_others_have_ended_is_told_so(
+    undisturbed: Mapping[str, object], tmp_path: Path
+) -> None:
+    cut = [Part(W1, at(MIDST), COORDINATOR), *(Part(W1, None, other) for other in BUT_1)]
+    mended = [Join(W1, Deserted(), COORDINATOR), *(Join(W1, None, other) for other in BUT_1)]
+    played = play(FaultScript(THREE, [[*cut, *mended]]), make, tmp_path / "journal")
+    check(played, undisturbed, BUT_1)
+    assert played.missed == {W1: "all steps are taken, and the model is in the output folder of worker w0"}
+    assert played.errors == {}
 
 
 def test_a_clock_that_jumps_evicts_nobody(undisturbed: Mapping[str, object], tmp_path: Path) -> None:

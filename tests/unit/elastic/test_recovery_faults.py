@@ -7,6 +7,7 @@ import contextlib
 import gc
 import socket
 import threading
+import time
 import weakref
 from collections.abc import Callable
 
@@ -142,6 +143,40 @@ def test_a_silent_source_is_given_up(newcomer: Endpoint, monkeypatch: pytest.Mon
         assert_leads_to(received, 4)
         with pytest.raises(NotReceived, match=address):
             fetch_state(newcomer, [address], outcome_of(4), MINE, lambda _: {}, TOKEN)
+
+
+@pytest.fixture
+def impatient(newcomer: Endpoint, monkeypatch: pytest.MonkeyPatch) -> Endpoint:
+    """Who waits only for what others cannot give as well."""
+    monkeypatch.setattr(recovery, "LATE_S", 0.2)
+    return newcomer
+
+
+def test_one_that_cannot_be_reached_holds_up_nobody_where_others_can(impatient: Endpoint) -> None:
+    good = Trainer(4)
+    with running(good), socket.create_server(("127.0.0.1", 0)) as silent:
+        addresses = [f"127.0.0.1:{silent.getsockname()[1]}", good.address]
+        begun_s = time.monotonic()
+        received = fetch_state(impatient, addresses, outcome_of(4), MINE, lambda _: {}, TOKEN)
+        assert_leads_to(received, 4)
+        assert received.faulty == {addresses[0]}
+        assert time.monotonic() - begun_s < recovery.STALL_S / 2
+
+
+def test_what_one_keeps_others_waiting_for_is_had_from_them(impatient: Endpoint, small_slices: None) -> None:
+    over = threading.Event()
+
+    async def stop(trainer: Trainer, data: bytes) -> bytes:
+        if trainer.num_slices >= 5:
+            await asyncio.to_thread(over.wait, 20)
+        return data
+
+    good, bad = Trainer(4), Trainer(4, on_slice=stop)
+    with running(good, bad):
+        begun_s = time.monotonic()
+        assert_leads_to(fetch(impatient, [bad, good], 4), 4)
+        assert time.monotonic() - begun_s < recovery.STALL_S / 2
+        over.set()
 
 
 def test_a_source_that_stalls_in_the_midst_is_given_up(
