@@ -78,7 +78,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    args = parser().parse_args(argv)
+    command_line = parser()
+    # argparse takes positional arguments in one place only, and changes of values may stand before and after options.
+    args, rest = command_line.parse_known_args(argv)
+    if any(text.startswith("-") for text in rest) or (rest and "overrides" not in args):
+        command_line.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
     return run(lambda: args.body(args), args.debug)
 
 

@@ -84,6 +84,15 @@ def test_a_wrong_command_line_is_refused(arguments: list[str]) -> None:
     assert ended.value.code == 2
 
 
+def test_values_may_be_changed_before_and_after_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {path: model}\ndata: {train: rows.json}\n")
+    assert main(["doctor", "seed=first", "--config", str(file), "seed=last", "nonsense"]) == 2
+    error = capsys.readouterr().err
+    assert "seed=last" in error
+    assert "nonsense: is not of the form" in error
+
+
 def test_as_a_program(tmp_path: Path) -> None:
     state = save(tmp_path, 1)
     done = subprocess.run([*COMMAND, "digest", tmp_path], capture_output=True, text=True, check=False)
