@@ -120,8 +120,8 @@ class DataConfig:
     shuffle_buffer: int = 10_000
     """With `streaming`, so many rows that follow each other are shuffled. Sources are mixed by their `weight`."""
     cache_dir: Path | None = None
-    """With `streaming`, the folder of tokenised rows, which runs on the same data can share; null takes `cache` in
-    `output_dir`."""
+    """With `streaming`, the folder of tokenised rows, which runs on the same data can share, and from which nothing is
+    ever removed; null takes `cache` in `output_dir`, from which a run removes those of other settings."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,8 @@ class SchedulerConfig:
 @dataclass(frozen=True)
 class DilocoConfig:
     sync_every: int = 32
-    """Steps between two exchanges of the same parameters."""
+    """Steps between two exchanges of the same parameters. Steps cost next to no traffic between them: many with a small
+    `train.global_batch_size`, and a learning rate lower by the root of it, learn more than few with a large one."""
     fragments: int = 4
     """Parts that the parameters are exchanged in, one after the other within `sync_every` steps; a layer is not cut."""
     overlap_steps: int = 0
@@ -219,7 +220,8 @@ class PipelineConfig:
     in_flight: Literal["auto"] | int = "auto"
     """Micro-batches that the first worker holds at a time, with `1f1b` and `zb-h1`; the others hold fewer, down to one.
     `auto` is twice the workers less one, which hides links that take as long as a forward pass; with `activations:
-    keep`, as many as there are workers."""
+    keep`, as many as there are workers; with `schedule: auto`, another number where that is faster or these do not
+    fit."""
     activations: Literal["recompute", "keep"] = "recompute"
     """What is held of a micro-batch until its backward pass: its input alone, or all that was computed, which is faster
     by a third and takes that memory for every micro-batch under way."""
@@ -278,9 +280,10 @@ class ElasticConfig:
     min_workers: int = 1
     """With fewer nobody trains: those that are there wait for more."""
     wait_s: float = 600.0
-    """After waiting so long for workers the run is given up."""
+    """After waiting so long for workers the run is given up. A worker that has saved since the coordinator is away ends
+    when it has waited so long for it."""
     coordinator_grace_s: float = 600.0
-    """When the coordinator has been away for so long, workers save; they go on waiting for it."""
+    """When the coordinator has been away for so long, workers save; they go on waiting for it, for `elastic.wait_s`."""
     listen: str | None = None
     """Address of the coordinator as other machines reach it, host:port, such as `192.168.1.20:4000`; port 0 takes a
     free one. Everything is encrypted then, and `mlx-train --join` lets workers on other machines in. null serves this

@@ -34,10 +34,12 @@ _TOLERANCE = 1e-2
 """Of the largest value, for rounding: a place that matters makes a difference of the size of the values."""
 
 
-def isolate(model: nn.Module) -> None:
+def isolate(model: nn.Module, check: bool = True) -> None:
     """Let a model that is ready to train, or a stage of one, take packed rows; see `packed`. Nothing else changes.
 
-    The model is run over a few tokens twice, to see that rows are isolated indeed.
+    Args:
+        model: or a stage, prepared for training.
+        check: run it over a few tokens twice, to see that rows are isolated indeed.
 
     Raises:
         ConfigError: its layers mix tokens elsewhere than in a module that is known to, or with more than a mask.
@@ -55,11 +57,12 @@ def isolate(model: nn.Module) -> None:
             mixer.packing = shared
     holder: Any = model
     holder.packing = shared
-    _check(model, architecture)
+    if check:
+        _check(model, architecture)
 
 
 @contextmanager
-def packed(model: nn.Module, groups: Sequence[Sequence[int]] | None) -> Iterator[None]:
+def packed(model: nn.Module, groups: Sequence[Sequence[int]] | None, exported: bool = False) -> Iterator[None]:
     """Within, the model is given tokens [1, T], or hidden states [1, T, D], of rows that follow each other.
 
     It must span whatever calls the model: with gradient checkpointing, the making of the backward pass too.
@@ -68,12 +71,14 @@ def packed(model: nn.Module, groups: Sequence[Sequence[int]] | None) -> Iterator
         model: that has been `isolate`d.
         groups: lengths of the rows, which add up to T; attention computes the rows of a group at once, padded to the
             longest of them. None where rows stand side by side as usual.
+        exported: with the gradients that MLX has itself, which take as much memory and longer: a graph with others
+            cannot be exported.
     """
     if groups is None:
         yield
         return
     shared: Any = model.packing
-    shared.layout = _Layout(groups)
+    shared.layout = _Layout(groups, exported)
     try:
         yield
     finally:
@@ -83,7 +88,7 @@ def packed(model: nn.Module, groups: Sequence[Sequence[int]] | None) -> Iterator
 class _Layout:
     """Where the tokens of packed rows stand when the rows of a group are laid out side by side, [S, L]."""
 
-    def __init__(self, groups: Sequence[Sequence[int]]) -> None:
+    def __init__(self, groups: Sequence[Sequence[int]], exported: bool) -> None:
         self.num_tokens = 0
         self.lengths = np.repeat(rows := np.concatenate([*map(np.asarray, groups)]), rows)
         """By token, those of its row."""
@@ -97,14 +102,14 @@ class _Layout:
             is_token.append((places < own[:, None]).ravel())
             self.num_tokens += int(own.sum())
         flat, real = np.concatenate(index), np.concatenate(is_token)
-        # The gradient of taking some is taking some, too; MLX's own adds up one by one.
         from_flat, from_grid = mx.array(flat), mx.array(np.flatnonzero(real))
-        where = mx.array(real[:, None])
-        spread, join = mx.custom_function(lambda x: x[from_flat]), mx.custom_function(lambda x: x[from_grid])
-        spread.vjp(lambda _, cotangent, __: cotangent[from_grid])
-        join.vjp(lambda _, cotangent, __: mx.where(where, cotangent[from_flat], mx.array(0, cotangent.dtype)))
-        self._spread: Any = spread
-        self._join: Any = join
+        self._spread: Any = lambda x: x[from_flat]
+        self._join: Any = lambda x: x[from_grid]
+        if not exported:  # The gradient of taking some is taking some, too; MLX's own adds up one by one.
+            where = mx.array(real[:, None])
+            self._spread, self._join = mx.custom_function(self._spread), mx.custom_function(self._join)
+            self._spread.vjp(lambda _, cotangent, __: cotangent[from_grid])
+            self._join.vjp(lambda _, cotangent, __: mx.where(where, cotangent[from_flat], mx.array(0, cotangent.dtype)))
         self._edges = np.cumsum([rows * longest for rows, longest in self.shapes])[:-1].tolist()
 
     def spread(self, x: mx.array) -> list[mx.array]:

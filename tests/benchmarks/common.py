@@ -160,7 +160,7 @@ def write_rows(file: Path, num_rows: int, num_words: tuple[int, int], seed: int 
     return file
 
 
-def build_model(folder: Path, data: Path, size: str) -> Path:
+def build_model(folder: Path, data: Path, size: str, model_type: str = "qwen3") -> Path:
     """Write a model with random weights and a tokenizer trained on `data`. To be called through `fresh`."""
     from mlx_distributed.config.schema import DataConfig, LoraConfig, ModelConfig, SourceConfig
     from mlx_distributed.data.sources import read_corpus
@@ -168,8 +168,8 @@ def build_model(folder: Path, data: Path, size: str) -> Path:
 
     rows = read_corpus(DataConfig(train=(SourceConfig(path=str(data)),)), seed=0).train
     texts = (message.content for row in rows for message in row.messages)
-    tokenizer = wrap_tokenizer(train_tokenizer(texts, MODELS[size]["vocab_size"]), "qwen3")
-    model, config = build_scratch({"model_type": "qwen3", **MODELS[size]}, tokenizer, seed=0)
+    tokenizer = wrap_tokenizer(train_tokenizer(texts, MODELS[size]["vocab_size"]), model_type)
+    model, config = build_scratch({"model_type": model_type, **MODELS[size]}, tokenizer, seed=0)
     save_final(folder, model, tokenizer, config, source=ModelConfig(), method="full", lora=LoraConfig())
     return folder
 

@@ -87,6 +87,31 @@ def test_it_ends_there_after_a_kill_and_without_fixed_workers_too(
         assert files(folder / "final") == files(whole / "final")
 
 
+def test_the_best_is_the_finished_model_wherever_its_parts_were(config: Path, tmp_path: Path) -> None:
+    """On stages of a pipeline and with a sharded optimizer, the bits of one worker; with DiLoCo, what was agreed on."""
+    one, stages, shard, diloco = (tmp_path / name for name in ("one", "stages", "shard", "diloco"))
+    ways = {
+        one: [],
+        stages: ["--nproc", "2", "parallel.pipeline.num_stages=2"],
+        shard: ["--nproc", "2", "optimizer.shard=true"],
+        diloco: ["--nproc", "2", "parallel.sync=diloco", "parallel.diloco.sync_every=1", "parallel.diloco.fragments=1"],
+    }
+    shared = [*EARLY, "eval.patience=1", "eval.metrics=[exact_match]", f"model.path={config.parent / 'untied'}"]
+    train_all(config, {folder: [*shared, *arguments] for folder, arguments in ways.items()})
+    for folder in ways:
+        assert steps(folder)[-1] == 4
+        first, last = (open_checkpoint(folder / "checkpoints" / f"step-0000000{step}").parameters() for step in (2, 4))
+        final = trainable(load(ModelConfig(path=str(folder / "final")))[0])
+        assert final.keys() == first.keys()
+        assert all((final[name] == first[name]).all().item() for name in first), folder
+        assert not all((final[name] == last[name]).all().item() for name in last), folder
+    for folder in (stages, shard):
+        assert digest(folder) == digest(one)
+        assert metrics(folder) == metrics(one)
+        assert answers(folder) == answers(one)
+        assert files(folder / "final") == files(one / "final")
+
+
 def test_an_evaluation_is_the_same_on_any_number_of_workers_and_touches_nothing(
     config: Path, early: tuple[Done, Path], tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from mlx_distributed.cli.doctor.case import Case
 from mlx_distributed.cli.doctor.finding import Finding, counted, percent
 from mlx_distributed.cli.parts import make_plan
-from mlx_distributed.cli.plan.inputs import MAX_STEPS, batch_shapes
+from mlx_distributed.cli.plan.inputs import MAX_STEPS, all_batches
 from mlx_distributed.config.schema import ParallelConfig
 
 PERCENTILES = (50, 90, 95, 99)
@@ -76,10 +76,10 @@ def measure_padding(case: Case) -> Padding | None:
     for packing in (False, True):
         # Padding does not depend on the number of workers, which one way of packing may be too few micro-batches for.
         config = replace(case.config, data=replace(case.config.data, packing=packing), parallel=ParallelConfig())
-        plan, shapes = make_plan(config, case.tokenized), batch_shapes(config, case.tokenized)
+        plan, batches = make_plan(config, case.tokenized), all_batches(config, case.tokenized)
         num_steps = min(plan.num_steps, MAX_STEPS)
         rows = chain.from_iterable(chain.from_iterable(map(plan.microbatches, range(num_steps))))
-        num_places = sum(num_rows * length for num_rows, length in shapes)
+        num_places = sum(batch.tokens.size for batch in batches)
         shares.append(1 - sum(plan.lengths[row] for row in rows) / num_places)
     return Padding(*shares)
 

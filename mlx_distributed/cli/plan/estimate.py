@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Literal
 
-from mlx_distributed.cli.plan.work import Model, Shape, StageWork
+from mlx_distributed.cli.plan.evaluation import Evaluation
+from mlx_distributed.cli.plan.update import Update
+from mlx_distributed.cli.plan.work import Model, Order, Shape, StageWork, Sums
 from mlx_distributed.cli.stages import make_schedule
 from mlx_distributed.config.schema import PipelineConfig
 from mlx_distributed.errors import ConfigError
 from mlx_distributed.models.costs import Cost
-from mlx_distributed.parallel.choose import choose
+from mlx_distributed.parallel.choose import TIE, choose, numbers_in_flight
 from mlx_distributed.parallel.partition import LayerCosts, Partition, Worker, check_split, partition
 from mlx_distributed.parallel.schedule import Schedule
 from mlx_distributed.parallel.simulate import Costs, Simulation, StageCosts, simulate
@@ -23,8 +25,8 @@ UNLIMITED = 1 << 62
 _COUNTED = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of the memory to compute a layer that are tried. Together layers take less for it than the sum of what each
 takes alone, and how much less is only known when they are traced together."""
-MOMENTS_BYTES, GRADIENT_BYTES = 8, 4
-"""Per value that is trained: two moments, and a gradient, of float32."""
+GRADIENT_BYTES = 4
+"""Per value that is trained, as all that is kept of it besides: float32."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +48,27 @@ class Load:
 
     num_microbatches: int
     num_sums: int
-    """Of gradients that are held at most, while micro-batches are added up; of a model in one piece, while another one
-    than the last is computed, whose gradient comes to them."""
-    shape: Shape
-    """Of the longest micro-batch: memory must do for it."""
-    mean: float
-    """Tokens of a micro-batch, as a share of those of the longest: time is in proportion to them."""
+    """Of gradients that are held at most in a pipeline, while micro-batches are added up."""
+    shapes: tuple[Shape, ...]
+    """Of micro-batches of which one takes the most memory: it must do for that."""
+    num_tokens: float
+    """Of a micro-batch on average, padding too: time is in proportion to them."""
     wire_bytes: int
     """Of a value that travels between stages; 0 for those that the model computes with."""
-    moments: float = 1.0
-    """Share of the moments of its parameters that a worker has."""
-    num_sums_last: int = 0
-    """Of a model in one piece, gradients that are held when the last micro-batch is computed, its own among them; 0 in
-    a pipeline."""
+    whole: Whole | None = None
+    """Of a model in one piece; None in a pipeline."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What a worker that has all of a model does in a step."""
+
+    sums: Sums
+    """When the last micro-batch is computed."""
+    sums_before: Sums | None
+    """When another one is; None where there is none."""
+    update: Update
+    evaluation: Evaluation
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,8 @@ class WorkerPlan:
     held_bytes: int
     """For backward passes to come, of all micro-batches in flight."""
     working_bytes: int
-    """For the micro-batch that is computed."""
+    """For the micro-batch that is computed; or of a model in one piece, where that is more, for an update or an
+    evaluation."""
     memory_bytes: int
     """That it has."""
     in_flight: int
@@ -128,17 +139,26 @@ class Planner:
 
     def __init__(self, model: Model, workers: Workers, load: Load) -> None:
         self.model, self.workers, self.load = model, workers, load
+        self.shape = load.shapes[0]
+        if len(load.shapes) > 1:
+            self.shape = max(load.shapes, key=lambda shape: model.work(0, model.num_layers, shape).working_bytes)
+
+    @property
+    def mean(self) -> float:
+        """Tokens of a micro-batch, as a share of those of `shape`."""
+        return self.load.num_tokens / self.shape.num_tokens
 
     def plan(self, settings: PipelineConfig) -> Plan:
         """With the split and the schedule that are given; or where they are `auto`, with one by speed and memory, and
-        the fastest. It need not fit.
+        the fastest, with as many in flight as that takes. It need not fit.
 
         Raises:
             ConfigError: the split is not one of the layers of the model.
         """
         if settings.schedule == "auto":
-            plan = self.plan(replace(settings, schedule="1f1b"))
-            comparison = self.compare(plan.settings, plan) if plan.fits else None
+            least = len(self.workers.speeds) if settings.in_flight == "auto" else settings.in_flight
+            plan = self.plan(replace(settings, schedule="1f1b", in_flight=least))
+            comparison = self.compare(settings, plan)
             return comparison.best if comparison else plan
         num_stages = len(self.workers.speeds) * settings.chunks
         if settings.split != "auto":
@@ -156,23 +176,40 @@ class Planner:
         return plan
 
     def compare(self, settings: PipelineConfig, plan: Plan) -> Comparison | None:
-        """A plan that fits beside others, one for each schedule that `parallel.pipeline.schedule` can name; None on one
-        worker, where there is nothing to choose."""
-        num_workers = len(self.workers.speeds)
+        """A plan beside others, one for each schedule that `parallel.pipeline.schedule` can name; where the settings
+        leave it open, with as many in flight as it needs. None on one worker, or where none fits: no choice."""
+        num_workers, own_chunks = len(self.workers.speeds), plan.settings.chunks
         if num_workers == 1:
             return None
-        plans = []
-        for chunks in sorted({1, 2, settings.chunks} if settings.split == "auto" else {settings.chunks}):
+        plans: list[Plan] = []
+        for chunks in sorted({1, 2, own_chunks} if settings.split == "auto" else {own_chunks}):
             if chunks * num_workers <= self.model.num_layers:
                 names: tuple[Name, ...] = ("interleaved",) if chunks > 1 else ("1f1b", "zb-h1", "gpipe")
                 changed = [replace(settings, schedule=name, chunks=chunks) for name in names]
-                split = plan.split if chunks == settings.chunks else self.plan(changed[0]).split
-                plans += [self._of(split, each) for each in changed]
+                split = plan.split if chunks == own_chunks else self.plan(changed[0]).split
+                plans += [self._filled(split, each) for each in changed]
+        if settings.schedule != "auto" and all(other.schedule != plan.schedule for other in plans):
+            plans.insert(0, plan)
         fitting = [plan for plan in plans if plan.fits]
+        if not fitting:
+            return None
         costs = {plan.schedule.num_chunks: self._costs(self._works(plan.split), plan.split) for plan in fitting}
         choice = choose([plan.schedule for plan in fitting], costs, [UNLIMITED] * num_workers)
         best = next(plan for plan in fitting if plan.schedule is choice.schedule)
         return Comparison(tuple(plans), best, choice.reason)
+
+    def _filled(self, split: Sequence[int], settings: PipelineConfig) -> Plan:
+        """Where the settings leave it open, with as many in flight as links need and memory allows: the usual number
+        where that is as fast."""
+        plan = self._of(split, settings)
+        if settings.in_flight != "auto" or settings.schedule not in ("1f1b", "zb-h1"):
+            return plan
+        numbers = numbers_in_flight(len(self.workers.speeds), self.load.num_microbatches)
+        tried = [plan, *(self._of(split, replace(settings, in_flight=number)) for number in numbers)]
+        fitting = [each for each in tried if each.fits]
+        fastest_s = min((each.simulation.step_s for each in fitting), default=0.0)
+        fast = [each for each in fitting if each.simulation.step_s <= fastest_s * (1 + TIE)]
+        return min(fast, key=lambda each: (each is not plan, max(each.simulation.peak_bytes)), default=plan)
 
     def _cut(self, settings: PipelineConfig, counted: float | None) -> Partition:
         """By speed, and if `counted` is given within the memory, of which so much is meant for computing."""
@@ -200,7 +237,7 @@ class Planner:
 
     def _work(self, index: int) -> StageWork:
         """Of one layer, with what stands at its end of the model."""
-        return self.model.work(index, index + 1, self.load.shape)
+        return self.model.work(index, index + 1, self.shape)
 
     def _layer(self, counted: float, cost: Cost, work: StageWork, other: StageWork | None = None) -> LayerCosts:
         """What a layer takes; or an embedding or a head, which takes what its layer takes more than another one."""
@@ -215,25 +252,33 @@ class Planner:
         return LayerCosts(flops, state_bytes, held_bytes)
 
     def _training_bytes(self, cost: Cost) -> tuple[int, int]:
-        moments = round(MOMENTS_BYTES * cost.num_trainable * self.load.moments)
-        return moments, GRADIENT_BYTES * cost.num_trainable * self.load.num_sums
+        size = GRADIENT_BYTES * cost.num_trainable
+        num_copies = 2.0 if self.load.whole is None else self.load.whole.update.num_copies
+        return round(num_copies * size), size * self.load.num_sums
 
-    def _largest(self, num_trainable: int, working_bytes: int) -> tuple[int, int]:
-        """Bytes of gradients, and to compute a micro-batch, of a model in one piece, when it takes most: with the last
-        micro-batch, or with another one, which takes `working_bytes`."""
-        load, size = self.load, GRADIENT_BYTES * num_trainable
-        last = self.model.work(0, self.model.num_layers, replace(load.shape, order="bucket by bucket"))
-        ways = [(load.num_sums_last * size, last.working_bytes)]
-        if load.num_microbatches > 1:
-            ways.append(((load.num_sums + 1) * size, working_bytes - size))
+    def _largest(self, whole: Whole) -> tuple[int, int]:
+        """Bytes of gradients, and to compute or to update, of a model in one piece, when it takes most: with the last
+        micro-batch, with another one, in the update, or in an evaluation."""
+        model, update = self.model, whole.update
+        size = GRADIENT_BYTES * model.cost.num_trainable
+        under_way = round(update.num_under_way(model.trained) * size)
+        ways = []
+        for sums in [whole.sums, *([whole.sums_before] if whole.sums_before else [])]:
+            order: Order = "bucket by bucket" if sums is whole.sums else "buckets"
+            work = model.work(0, model.num_layers, replace(self.shape, order=order, sums=sums))
+            held = sums.num_held * size
+            ways.append((under_way + held, work.working_bytes - held))
+        kept = round(update.num_copies * size) + size
+        ways.append((size, update.peak_bytes(model.trained) - kept - size))
+        ways.append((under_way, whole.evaluation.peak_bytes(model.stage())))
         return max(ways, key=sum)
 
     def _works(self, split: Sequence[int]) -> list[StageWork]:
-        return [self.model.work(*pair, self.load.shape) for pair in pairwise([0, *accumulate(split)])]
+        return [self.model.work(*pair, self.shape) for pair in pairwise([0, *accumulate(split)])]
 
     def _costs(self, works: Sequence[StageWork], split: Sequence[int]) -> Costs:
-        num_workers, load = len(self.workers.speeds), self.load
-        rates = [self.workers.flops * speed / load.mean for speed in self.workers.speeds]
+        num_workers = len(self.workers.speeds)
+        rates = [self.workers.flops * speed / self.mean for speed in self.workers.speeds]
         stages = []
         for stage, work in enumerate(works):
             rate = rates[stage % num_workers]
@@ -246,10 +291,10 @@ class Planner:
         """What goes from each stage to the next, and back, for a mean micro-batch; 0 from the last one."""
         sizes = []
         for start in [*accumulate(split)][:-1]:
-            num_bytes = self.model.input_bytes(start, self.load.shape)
+            num_bytes = self.model.input_bytes(start, self.shape)
             if self.load.wire_bytes:
                 num_bytes = num_bytes // self.model.outline.dtypes[start].size * self.load.wire_bytes
-            sizes.append(round(num_bytes * self.load.mean))
+            sizes.append(round(num_bytes * self.mean))
         return [*sizes, 0]
 
     def _of(self, split: Sequence[int], settings: PipelineConfig) -> Plan:
@@ -275,8 +320,8 @@ class Planner:
                 if kind in ("SEND_F", "SEND_B")
             )
             working_bytes = max(works[stage].working(schedule.split_backward) for stage in own)
-            if self.load.num_sums_last:
-                gradients, working_bytes = self._largest(cost.num_trainable, working_bytes)
+            if self.load.whole is not None:
+                gradients, working_bytes = self._largest(self.load.whole)
             stages = [costs.stages[stage] for stage in own]
             plans.append(
                 WorkerPlan(

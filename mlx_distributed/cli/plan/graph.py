@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from mlx_distributed.errors import ConfigError
+
 LATE = 60
 """Primitives that MLX starts before it frees what an earlier one was the last to use, as tasks queue up. Peaks that are
 measured on a CPU lie between those for 30 and for 100."""
@@ -39,7 +41,9 @@ class Phase(NamedTuple):
     """When it is over: its results, those before it, and what later evaluations need."""
 
 
-def trace(run: Callable[..., Sequence[Sequence[mx.array]]], arguments: Sequence[mx.array]) -> tuple[Phase, ...]:
+def trace(
+    run: Callable[..., Sequence[Sequence[mx.array]]], arguments: Sequence[mx.array], own: Sequence[mx.array] = ()
+) -> tuple[Phase, ...]:
     """The phases of a computation.
 
     An array lives until the last primitive that takes it has run, an elementwise primitive writes over an input of the
@@ -49,6 +53,11 @@ def trace(run: Callable[..., Sequence[Sequence[mx.array]]], arguments: Sequence[
         run: takes the arguments and returns, by phase, what is evaluated then; all of that is held from then on.
         arguments: of which only shapes and dtypes matter. Other arrays that `run` uses, such as frozen weights, count
             as given too.
+        own: further arguments, which are held from the beginning and count; nobody else holds them, so they are freed
+            by the last primitive that takes them.
+
+    Raises:
+        ConfigError: MLX cannot export the graph.
     """
     sizes: list[int] = []
 
@@ -58,10 +67,20 @@ def trace(run: Callable[..., Sequence[Sequence[mx.array]]], arguments: Sequence[
         return [array for phase in phases for array in phase]
 
     records: list[Mapping[str, Any]] = []
-    mx.export_function(records.append, flat, *arguments)
+    try:
+        mx.export_function(records.append, flat, *arguments, *own)
+    except ValueError as error:
+        if "Unable to get state for primitive" not in str(error):
+            raise
+        raise ConfigError(
+            f"what the model takes cannot be foretold, as MLX cannot show the graph of its training ({error}), such as "
+            "that of a mixture of experts; train it without train.memory_budget and parallel.pipeline"
+        ) from None
+    names = [name for record in records if record["type"] == "inputs" for name, *_ in record["inputs"]]
+    sizes_own = dict(zip(names[len(arguments) :], (array.nbytes for array in own), strict=True))
     primitives = [_Primitive(record) for record in records if record["type"] == "primitive"]
     targets = [name for record in records if record["type"] == "outputs" for name, *_ in record["outputs"]]
-    evaluation, phases, begin = _Evaluation(primitives, targets), [], 0
+    evaluation, phases, begin = _Evaluation(primitives, targets, sizes_own), [], 0
     for size in sizes:
         phases.append(evaluation.run(targets[begin : begin + size]))
         begin += size
@@ -95,15 +114,15 @@ class _Buffer:
 class _Evaluation:
     """The arrays of a graph, as MLX evaluates it part by part."""
 
-    def __init__(self, primitives: Sequence[_Primitive], results: Sequence[str]) -> None:
+    def __init__(self, primitives: Sequence[_Primitive], results: Sequence[str], own: Mapping[str, int]) -> None:
         self._made_by = {name: primitive for primitive in primitives for name in primitive.outputs}
         self._num_users = Counter(name for primitive in primitives for name in primitive.inputs)
         self._num_users.update(set(results))
         self._done: set[_Primitive] = set()
-        self._buffers: dict[str, _Buffer] = {}
-        """By array; of those that were made here."""
+        self._buffers = {name: _Buffer(num_bytes, self._num_users[name]) for name, num_bytes in own.items()}
+        """By array; of those that are not given."""
         self._transposed: set[str] = set()
-        self._held_bytes = 0
+        self._held_bytes = sum(own.values())
 
     def run(self, targets: Sequence[str]) -> Phase:
         """Evaluate some arrays and what they depend on, as far as that is not there yet."""

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import TypeVar
 
 import mlx.core as mx
 
 from mlx_distributed.cli.parts import load_tokenizer, load_whole, make_plan
-from mlx_distributed.cli.plan.estimate import Load, Workers
+from mlx_distributed.cli.plan.estimate import Load, Whole, Workers
+from mlx_distributed.cli.plan.evaluation import make_evaluation
 from mlx_distributed.cli.plan.machine import measure_flops, memory_bytes, planned_bytes
 from mlx_distributed.cli.plan.options import parse_flops, parse_link, parse_memory, parse_speeds
-from mlx_distributed.cli.plan.work import Model, Shape
+from mlx_distributed.cli.plan.update import Update
+from mlx_distributed.cli.plan.work import Model, Shape, Sums, largest
 from mlx_distributed.comm.tree_sum import cover
 from mlx_distributed.config import Config
+from mlx_distributed.data.batch import Batch
 from mlx_distributed.data.sources import read_corpus
 from mlx_distributed.data.tokenize import TokenizedCorpus, tokenize_corpus
 from mlx_distributed.errors import ConfigError, DataError
@@ -46,10 +51,6 @@ def read_run(config: Config) -> tuple[Callable[[Config], tuple[Model, Load]], li
         notes.append(f"the data cannot be read, so micro-batches are as long as they may be: {error}")
     tokenizer = load_tokenizer(config, corpus)
     rows = None if corpus is None else tokenize_corpus(corpus, tokenizer, config.data)
-    if config.parallel.sync != "step":
-        notes.append(
-            f"counted as with parallel.sync=step; {config.parallel.sync} takes further copies of what is trained"
-        )
     return lambda changed: (Model(load_whole(changed, tokenizer)), make_load(changed, rows)), notes
 
 
@@ -86,48 +87,73 @@ def by_stage(values: Sequence[Number], num_stages: int) -> tuple[Number, ...]:
     return tuple(min(values[stage::num_stages]) for stage in range(num_stages))
 
 
-def batch_shapes(config: Config, rows: TokenizedCorpus) -> list[tuple[int, int]]:
-    """Rows and tokens in a row, padding too, of the micro-batches of a run, or of its first `MAX_STEPS`."""
+def all_batches(config: Config, rows: TokenizedCorpus) -> Iterator[Batch]:
+    """The micro-batches of a run, or of its first `MAX_STEPS`."""
     plan = make_plan(config, rows)
     phases = Phases(config, plan, rows.train)
-    works = [phases.work(step) for step in range(min(plan.num_steps, MAX_STEPS))]
-    return [phases.batch(work, number).tokens.shape for work in works for number in range(len(work.microbatches))]
+    works = (phases.work(step) for step in range(min(plan.num_steps, MAX_STEPS)))
+    return (phases.batch(work, number) for work in works for number in range(len(work.microbatches)))
 
 
 def make_load(config: Config, rows: TokenizedCorpus | None) -> Load:
     """What one copy of the model computes in a step; without rows, micro-batches are as long as they may be."""
     train, pipeline = config.train, config.parallel.pipeline
+    one_piece = pipeline.num_stages == 1
+    form = Shape(
+        num_rows=1,
+        length=1,
+        keep=pipeline.activations == "keep" and not one_piece,
+        checkpointed=train.gradient_checkpointing,
+        order="buckets" if one_piece else "stage",
+    )
     if rows is not None:
-        shapes, num_microbatches = batch_shapes(config, rows), make_plan(config, rows).num_microbatches
+        batches, num_microbatches = all_batches(config, rows), make_plan(config, rows).num_microbatches
+        shapes = [_shape(form, len(batch.tokens), batch.tokens.shape[1], batch.groups) for batch in batches]
     else:
         limit = config.data.max_seq_length
         num_rows = train.micro_batch_size if train.micro_batch_tokens is None else train.micro_batch_tokens // limit
-        shapes, num_microbatches = [(num_rows, limit)], -(-train.global_batch_size // num_rows)
-    sizes = [(num_rows, length - 1) for num_rows, length in shapes]  # The last token of a row only is a target.
+        shapes, num_microbatches = [_shape(form, num_rows, limit)], -(-train.global_batch_size // num_rows)
     num_copies = config.parallel.size // pipeline.num_stages
-    ranges = share(num_microbatches, rank_weights(config.parallel.share, num_copies))
-    areas = [num_rows * length for num_rows, length in sizes]
-    longest = areas.index(max(areas))
-    most = max(1, *(stop - start for start, stop in ranges))
-    one_piece = pipeline.num_stages == 1
-    # Of every copy, the sums that it holds before each of its micro-batches but, in a pipeline, the first.
-    first = 0 if one_piece else 1
+    diloco = config.parallel.sync == "diloco"  # Whoever is free takes the next of these parts.
+    weights = [1.0] * num_copies if diloco else rank_weights(config.parallel.share, num_copies)
+    ranges = share(num_microbatches, weights)
+    # Of every copy, the sums that it holds before and after each of its micro-batches; with `diloco` they are its own.
+    trees = [(0, stop - start, stop - start) if diloco else (start, stop, num_microbatches) for start, stop in ranges]
     held = [
-        [len(cover(start, end, num_microbatches)) for end in range(start + 1 - one_piece, stop)]
-        for start, stop in ranges
+        [len(cover(start, end, num)) for end in range(start, stop + 1)] for start, stop, num in trees if stop > start
     ]
-    shape = Shape(
-        *sizes[longest],
-        keep=pipeline.activations == "keep" and not one_piece,
-        checkpointed=config.train.gradient_checkpointing,
-        order="buckets" if one_piece else "stage",
-    )
     return Load(
-        num_microbatches=most,
-        num_sums=max((num for before in held for num in (before[:-1] if one_piece else before)), default=first),
-        shape=shape,
-        mean=sum(areas) / len(areas) / areas[longest],
+        num_microbatches=max(len(counts) - 1 for counts in held),
+        num_sums=max((num for counts in held for num in counts[1:-1]), default=1),
+        shapes=largest(shapes),
+        num_tokens=sum(shape.num_tokens for shape in shapes) / len(shapes),
         wire_bytes={"fp32": 0, "bf16": 2, "int8": 1}[pipeline.wire_dtype],
-        moments=1 / num_copies if config.optimizer.shard else 1.0,
-        num_sums_last=max(before[-1] for before in held) + 1 if one_piece else 0,
+        whole=_whole(config, held, rows) if one_piece else None,
+    )
+
+
+def _shape(form: Shape, num_rows: int, length: int, groups: tuple[tuple[int, ...], ...] | None = None) -> Shape:
+    """Of a micro-batch; the last token of a row is a target alone."""
+    return replace(form, num_rows=num_rows, length=length - 1, groups=groups)
+
+
+def _whole(config: Config, held: Sequence[Sequence[int]], rows: TokenizedCorpus | None) -> Whole:
+    """Of the copy that holds most.
+
+    Args:
+        config: of the run.
+        held: of each, the sums before and after its micro-batches.
+        rows: that are trained on and evaluated, where they are known.
+    """
+    sums = [[Sums(before, before + 1 - after) for before, after in pairwise(counts)] for counts in held]
+    worst = lambda some: max(some, key=lambda each: (each.num_held, -each.num_added))  # noqa: E731
+    last = worst([own[-1] for own in sums])
+    if config.parallel.sync != "delayed":  # What is held leaves with the gradient.
+        last = Sums(last.num_held, last.num_held)
+    before = [each for own in sums for each in own[:-1]]
+    return Whole(
+        sums=last,
+        sums_before=worst(before) if before else None,
+        update=Update(config, max(counts[-1] for counts in held)),
+        evaluation=make_evaluation(config, [] if rows is None else rows.validation),
     )

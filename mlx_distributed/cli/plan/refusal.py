@@ -115,4 +115,4 @@ def _of(remade: tuple[Model, Load], workers: Workers) -> tuple[Model, Workers, L
 
 def _staged(load: Load) -> Load:
     """Of a model that is cut into stages, in place of one in one piece."""
-    return replace(load, shape=replace(load.shape, order="stage"), num_sums_last=0)
+    return replace(load, shapes=tuple(replace(shape, order="stage") for shape in load.shapes), whole=None)

@@ -17,7 +17,7 @@ from mlx_distributed.cli.plan.estimate import Plan, Planner, Workers
 from mlx_distributed.cli.plan.inputs import by_stage, make_load
 from mlx_distributed.cli.plan.machine import measure_flops, memory_bytes, planned_bytes
 from mlx_distributed.cli.plan.refusal import check_fit
-from mlx_distributed.cli.plan.table import format_layers
+from mlx_distributed.cli.plan.table import format_in_flight, format_layers
 from mlx_distributed.cli.plan.work import Model
 from mlx_distributed.comm.base import Communicator
 from mlx_distributed.comm.grpc_comm import GrpcComm
@@ -31,6 +31,9 @@ from mlx_distributed.train.agreement import broadcast_bytes
 from mlx_distributed.train.outer import twin
 
 _WHAT = "the plan of the pipeline"
+_DECIDED = "split", "schedule", "chunks", "in_flight"
+_LOOPBACK = 1.25e9
+"""Bytes per second."""
 _UNKNOWN = 1.0
 """Of what does not matter for what is to be decided."""
 
@@ -97,10 +100,10 @@ def settle(
 
 
 def _slowest_link(comm: Communicator) -> float:
-    """Bytes per second, each way."""
+    """Bytes per second, each way; of a dry run, which has none, about what there is within a machine."""
     if not isinstance(comm, GrpcComm):
-        return _UNKNOWN
-    return min(link.bytes_per_s for link in comm.measure_links(range(comm.size))) or _UNKNOWN
+        return _LOOPBACK
+    return min(link.bytes_per_s for link in comm.measure_links(range(comm.size))) or _LOOPBACK
 
 
 def workers_of(config: Config, found: Sequence[Worker], num_machines: int, link_bytes_per_s: float) -> Workers:
@@ -121,17 +124,30 @@ def workers_of(config: Config, found: Sequence[Worker], num_machines: int, link_
     )
 
 
+def decide(model: nn.Module, config: Config, rows: TokenizedCorpus | None, workers: Workers) -> Settled:
+    """What rank 0 decides: a function of its arguments alone.
+
+    Args:
+        model, config, rows: as in `settle`.
+        workers: of one copy of the model.
+
+    Raises:
+        ConfigError: as in `settle`.
+    """
+    settings = config.parallel.pipeline
+    planner = Planner(Model(twin(model)), workers, make_load(config, rows))
+    plan = planner.plan(settings)
+    check_fit(planner, plan, config, lambda changed: (planner.model, make_load(changed, rows)))
+    return Settled(replace(plan.settings, split=plan.split), _reason(planner, plan, settings))
+
+
 def _told(model: nn.Module, config: Config, rows: TokenizedCorpus | None, workers: Workers) -> dict[str, Any]:
     """What rank 0 tells all."""
-    settings = config.parallel.pipeline
     try:
-        planner = Planner(Model(twin(model)), workers, make_load(config, rows))
-        plan = planner.plan(settings)
-        check_fit(planner, plan, config, lambda changed: (planner.model, make_load(changed, rows)))
+        settings, reason = decide(model, config, rows, workers)
     except ConfigError as error:
         return {"error": str(error)}
-    changes = {"split": plan.split, "schedule": plan.settings.schedule, "chunks": plan.settings.chunks}
-    return {"settings": changes, "reason": _reason(planner, plan, settings)}
+    return {"settings": {name: getattr(settings, name) for name in _DECIDED}, "reason": reason}
 
 
 def _reason(planner: Planner, plan: Plan, settings: PipelineConfig) -> str:
@@ -143,7 +159,7 @@ def _reason(planner: Planner, plan: Plan, settings: PipelineConfig) -> str:
     line = f"pipeline: layers {layers}, {how}; {plan.settings.schedule}"
     if settings.schedule != "auto":
         return line
-    comparison = planner.compare(plan.settings, plan)
+    comparison = planner.compare(settings, plan)
     assert comparison is not None
     others = ", ".join(
         f"{other.settings.schedule} {format_time(other.simulation.step_s) if other.fits else 'does not fit'}"
@@ -151,4 +167,5 @@ def _reason(planner: Planner, plan: Plan, settings: PipelineConfig) -> str:
         if other.schedule != plan.schedule
     )
     rates = f"{planner.workers.flops / 1e9:.3g} GFLOP/s and {8 * planner.workers.link_bytes_per_s / 1e9:.3g} Gbit/s"
-    return f"{line}, the fastest at {rates}: {format_time(plan.simulation.step_s)} a step ({others})"
+    step = format_time(plan.simulation.step_s) + " a step" + format_in_flight(planner, plan, settings)
+    return f"{line}, the fastest at {rates}: {step} ({others})"

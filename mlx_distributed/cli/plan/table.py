@@ -10,11 +10,13 @@ from mlx_distributed.cli.bench.table import format_time
 from mlx_distributed.cli.plan.estimate import GRADIENT_BYTES, UNLIMITED, Plan, Planner, WorkerPlan
 from mlx_distributed.cli.plan.inputs import by_stage
 from mlx_distributed.config import Config
+from mlx_distributed.config.schema import PipelineConfig
+from mlx_distributed.parallel.choose import TIE
 
 WIDTH = 100
 _MEMORY = "{:>6}  {:>9}  {:>10}  {:>8}  {:>9}  {:>9}  {:>9}  {:>9}  {:>9}"
 _STEP = "{:>6}  {:>9}  {:>9}  {:>9}  {:>11}  {:>6}  {:>11}"
-_SCHEDULE = "{:>11}  {:>9}  {:>6}  {:>9}  {}"
+_SCHEDULE = "{:>11}  {:>9}  {:>9}  {:>6}  {:>9}  {}"
 
 
 def lines(planner: Planner, plan: Plan, config: Config, notes: Sequence[str]) -> Iterator[str]:
@@ -29,10 +31,10 @@ def lines(planner: Planner, plan: Plan, config: Config, notes: Sequence[str]) ->
     microbatches = _count(load.num_microbatches, "micro-batch", "micro-batches")
     yield (
         f"{_count(num_copies, 'copy', 'copies')} of the model, each on {_count(num_stages, 'worker')}: {microbatches} "
-        f"a step, at most {load.shape.num_rows} x {load.shape.length} tokens,"
+        f"a step, at most {planner.shape.num_rows} x {planner.shape.length} tokens,"
     )
     yield (
-        f"{load.mean:.0%} of that on average; {_digits(workers.flops / 1e9)} GFLOP/s at speed 1, links of "
+        f"{planner.mean:.0%} of that on average; {_digits(workers.flops / 1e9)} GFLOP/s at speed 1, links of "
         f"{workers.link_bytes_per_s * 8 / 1e9:g} Gbit/s"
     )
     for note in notes:
@@ -77,37 +79,52 @@ def _for_training(planner: Planner, config: Config) -> Planner:
 
 def _schedules(planner: Planner, plan: Plan, config: Config) -> Iterator[str]:
     """How the schedule compares, and what to set for the best one."""
-    settings = plan.settings
+    settings = config.parallel.pipeline
     comparison = planner.compare(settings, plan)
     if comparison is None:
         return
     best = comparison.best
     yield ""
-    yield _SCHEDULE.format("schedule", "step", "idle", "memory", "").rstrip()
+    yield _SCHEDULE.format("schedule", "in flight", "step", "idle", "memory", "").rstrip()
     for other in comparison.plans:
         schedule = other.schedule
         remarks = [f"{schedule.num_chunks} chunks a worker"] if schedule.num_chunks > 1 else []
-        remarks += ["configured"] if schedule == plan.schedule else []
+        remarks += ["configured"] if schedule == plan.schedule and settings.schedule != "auto" else []
         remarks += ["best"] if other is best else []
         remarks += [] if other.fits else ["does not fit"]
         yield _SCHEDULE.format(
             other.settings.schedule,
+            schedule.in_flight[0],
             format_time(other.simulation.step_s),
             f"{1 - other.simulation.efficiency:.0%}",
             format_bytes(max(worker.total_bytes for worker in other.workers)),
             ", ".join(remarks),
         ).rstrip()
     yield ""
-    yield from textwrap.wrap(comparison.reason, WIDTH)
+    yield from textwrap.wrap(comparison.reason + format_in_flight(planner, best, settings), WIDTH)
     if best.schedule != plan.schedule:
         changes = [f"schedule={best.settings.schedule}"]
         if best.schedule.num_chunks > 1:
             changes.append(f"chunks={best.schedule.num_chunks}")
+        if best.settings.in_flight != settings.in_flight:
+            changes.append(f"in_flight={best.settings.in_flight}")
         if best.split != _for_training(planner, config).plan(replace(best.settings, split="auto")).split:
             changes.append(f"split=[{_listed(best.split)}]")
         yield from textwrap.wrap(
             "to have it, set " + " ".join(f"parallel.pipeline.{change}" for change in changes), WIDTH
         )
+
+
+def format_in_flight(planner: Planner, plan: Plan, settings: PipelineConfig) -> str:
+    """How many micro-batches are in flight, and why; nothing where there was nothing to choose."""
+    if settings.in_flight != "auto" or plan.settings.schedule not in ("1f1b", "zb-h1"):
+        return ""
+    why = f"no other number that fits is faster by more than {TIE:.0%}"
+    if plan.settings.in_flight != "auto":
+        usual = planner.plan(replace(plan.settings, in_flight="auto", split=plan.split))
+        longer = usual.simulation.step_s / plan.simulation.step_s - 1
+        why = f"{usual.schedule.in_flight[0]} {f'would take {longer:.0%} longer' if usual.fits else 'do not fit'}"
+    return f"; {plan.schedule.in_flight[0]} micro-batches in flight on the first worker: {why}"
 
 
 def format_bytes(num_bytes: int) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,10 +18,13 @@ from mlx_distributed.comm.buckets import Arrays, to_buckets
 from mlx_distributed.models import trainable
 from mlx_distributed.models.costs import Cost, costs
 from mlx_distributed.models.outline import describe
+from mlx_distributed.models.packed import isolate, packed
 from mlx_distributed.models.stages import Stage, cut, pass_by
 from mlx_distributed.train.loss import summed_loss
 from mlx_distributed.train.outer import twin
 from mlx_distributed.train.setup import gradient_layout
+
+Order = Literal["stage", "buckets", "bucket by bucket"]
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,8 @@ class StageWork:
     residual_bytes: int
     """Between the two parts of a backward pass that is split."""
     working_bytes: int
-    """The most that is held meanwhile for the micro-batch that is computed, beside `held_bytes`; of one that is
-    evaluated bucket by bucket, beside its gradient."""
+    """The most that is held meanwhile for the micro-batch that is computed, beside `held_bytes`; of a model in one
+    piece, with the sums of gradients that are held then."""
 
     @property
     def flops(self) -> float:
@@ -49,10 +52,22 @@ class StageWork:
         return max(self.working_bytes - self.residual_bytes, 0) if split_backward else self.working_bytes
 
 
+class Sums(NamedTuple):
+    """Sums of gradients that a worker holds when it computes a micro-batch."""
+
+    num_held: int = 0
+    num_added: int = 0
+    """To which the gradient is added, so that they are freed."""
+
+
+NO_SUMS = Sums()
+_MIXTURES = (0.0, 0.5, 1.0)
+"""Of tokens with scores of attention."""
+
+
 @dataclass(frozen=True)
 class Shape:
-    """Of micro-batches, B rows of L tokens that go in, and of how they are computed. Packed rows count as one: their
-    attention takes less than that, by how much cannot be read from a graph."""
+    """Of micro-batches, B rows of L tokens that go in, and of how they are computed. Packed rows count as one."""
 
     num_rows: int
     length: int
@@ -60,9 +75,37 @@ class Shape:
     """As `parallel.pipeline.activations`."""
     checkpointed: bool
     """As `train.gradient_checkpointing`."""
-    order: Literal["stage", "buckets", "bucket by bucket"] = "stage"
+    order: Order = "stage"
     """In which gradients are evaluated: as in a stage of a pipeline, by name; as in `train.phases`, from the last layer
-    to the first; or, of the only micro-batch of a worker in a step, after the loss and bucket by bucket."""
+    to the first; or, of the last micro-batch of a worker in a step, after the loss and bucket by bucket."""
+    groups: tuple[tuple[int, ...], ...] | None = None
+    """As those of `Batch`: lengths of packed rows."""
+    sums: Sums = NO_SUMS
+    """Of a model in one piece."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Padding too."""
+        return self.num_rows * self.length
+
+    @property
+    def num_scores(self) -> int:
+        """Of attention, by head: a square for every row."""
+        grids = [(self.num_rows, self.length)] if self.groups is None else [(len(own), max(own)) for own in self.groups]
+        return sum(num_rows * length**2 for num_rows, length in grids)
+
+
+def largest(shapes: Sequence[Shape]) -> tuple[Shape, ...]:
+    """Those that may take the most memory, the one with the most tokens first. Memory grows with tokens and with the
+    scores of attention, so it is one that has the most of some mixture of both. None of none."""
+    if not shapes:
+        return ()
+    tokens, scores = max(shape.num_tokens for shape in shapes), max(shape.num_scores for shape in shapes)
+    found = [
+        max(shapes, key=lambda shape: (1 - weight) * shape.num_tokens / tokens + weight * shape.num_scores / scores)
+        for weight in _MIXTURES
+    ]
+    return tuple(dict.fromkeys(found))
 
 
 class Model:
@@ -76,13 +119,22 @@ class Model:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        model.update(tree_map(lambda array: _zeros(array.shape, array.dtype), model.parameters()))
+        model.update(tree_map(lambda array: zeros(array.shape, array.dtype), model.parameters()))
         self._model, self.costs, self.outline = model, costs(model), describe(model)
         self.work = lru_cache(maxsize=None)(self._work)
 
     @property
     def num_layers(self) -> int:
         return self.outline.num_layers
+
+    @cached_property
+    def trained(self) -> Arrays:
+        """Zeros in place of what is trained."""
+        return trainable(self._model)
+
+    def stage(self) -> Stage:
+        """All of it in one piece, another one at every call."""
+        return cut(twin(self._model), 0, self.num_layers)
 
     @property
     def cost(self) -> Cost:
@@ -97,33 +149,40 @@ class Model:
         """Of the stage of layers [start, stop)."""
         pieces = self._pieces(start, stop, shape)
         parameters = [trainable(piece) for piece in pieces]
+        trained = {name: value for own in parameters for name, value in own.items()}  # What is tied is in two pieces.
+        names = [*trained]
         first, last = start == 0, stop == self.num_layers
         hidden = shape.num_rows, shape.length, self.outline.width
-        tokens, targets = (_zeros((shape.num_rows, shape.length + 1), mx.int32) for _ in range(2))
-        incoming = tokens if first else _zeros(hidden, self.outline.dtypes[start])
-        cotangent = _zeros((), mx.float32) if last else _zeros(hidden, self.outline.dtypes[stop])
+        tokens, targets = (zeros((shape.num_rows, shape.length + 1), mx.int32) for _ in range(2))
+        incoming = tokens if first else zeros(hidden, self.outline.dtypes[start])
+        cotangent = zeros((), mx.float32) if last else zeros(hidden, self.outline.dtypes[stop])
         mx.eval(targets)
 
         def forward(incoming: mx.array, *_: mx.array) -> list[list[mx.array]]:
             return [[_inputs(pieces, incoming, targets)[-1]]]
 
-        def backward(incoming: mx.array, cotangent: mx.array, *values: mx.array) -> list[list[mx.array]]:
-            result, of_input, gradients = _vjp(pieces, parameters, incoming, cotangent, targets, values)
+        def backward(incoming: mx.array, cotangent: mx.array, *given: mx.array) -> list[list[mx.array]]:
+            result, of_input, gradients = _vjp(pieces, parameters, incoming, cotangent, targets, given[: len(values)])
+            for name, held in zip(names * shape.sums.num_added, given[len(values) :], strict=True):
+                gradients[name] = gradients[name] + held
             buckets = to_buckets(gradient_layout(gradients), gradients)
             if shape.order == "bucket by bucket":
                 return [[result], *buckets]
-            names = dict.fromkeys(name for own in parameters for name in own)
             flat = [gradients[name] for name in names] if shape.order == "stage" else [*chain(*buckets)]
             return [[result], of_input, flat] if shape.keep else [of_input, [result, *flat]]
 
         values = [value for own in parameters for value in own.values()]
+        sums = [zeros(value.shape, value.dtype) for value in trained.values()] * shape.sums.num_added
         with contextlib.ExitStack() as stack:
             for piece, own in zip(pieces, parameters, strict=True):
                 stack.callback(piece.update, tree_unflatten(list(own.items())))
-            ran, *phases = Phase(0.0, 0, 0), *trace(backward, [incoming, cotangent, *values])
+                if shape.groups is not None:
+                    isolate(piece, check=False)
+                    stack.enter_context(packed(piece, shape.groups, exported=True))
+            ran, *phases = Phase(0.0, 0, 0), *trace(backward, [incoming, cotangent, *values], own=sums)
             if shape.order == "bucket by bucket":
                 ran, *rest = phases
-                peak_bytes = max(phase.peak_bytes for phase in phases) - sum(value.nbytes for value in values)
+                peak_bytes = max(phase.peak_bytes for phase in phases)
                 phases = [Phase(sum(phase.flops for phase in rest), peak_bytes, 0), Phase(0.0, 0, 0)]
                 ran = Phase(ran.flops, 0, 0)
             elif shape.keep:
@@ -131,13 +190,14 @@ class Model:
             elif not last:
                 ran = trace(forward, [incoming])[0]._replace(held_bytes=0)  # What is made is sent away.
         of_input, of_weights = phases
+        kept_bytes = (shape.sums.num_held - shape.sums.num_added) * sum(value.nbytes for value in trained.values())
         return StageWork(
             forward_flops=ran.flops,
             backward_flops=of_input.flops,
             weight_flops=of_weights.flops,
             held_bytes=ran.held_bytes + (0 if first else self.input_bytes(start, shape)),
             residual_bytes=of_input.held_bytes,
-            working_bytes=max(ran.peak_bytes, of_input.peak_bytes, of_weights.peak_bytes) - ran.held_bytes,
+            working_bytes=max(ran.peak_bytes, of_input.peak_bytes, of_weights.peak_bytes) - ran.held_bytes + kept_bytes,
         )
 
     def _pieces(self, start: int, stop: int, shape: Shape) -> list[Stage]:
@@ -150,7 +210,7 @@ class Model:
         return pieces
 
 
-def _zeros(shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
+def zeros(shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
     """That take no memory."""
     return mx.broadcast_to(mx.zeros((), dtype), shape)
 

@@ -66,6 +66,7 @@ def measure(config_file: Path, budget: str, *overrides: str) -> tuple[int, int]:
     [
         (SEVERAL, CHECKPOINTING),
         ("method=lora", CHECKPOINTING, "model.quantize.bits=4"),
+        ("method=lora", "data.packing=true"),
     ],
     ids=" ".join,
 )

@@ -16,7 +16,7 @@ from mlx_distributed.cli.plan.graph import Phase, trace
 from mlx_distributed.cli.plan.machine import measure_flops, memory_bytes
 from mlx_distributed.cli.plan.options import parse_flops, parse_link, parse_memory, parse_speeds
 from mlx_distributed.cli.plan.table import format_bytes
-from mlx_distributed.cli.plan.work import Model, Shape
+from mlx_distributed.cli.plan.work import Model, Shape, largest
 from mlx_distributed.config.schema import LoraConfig
 from mlx_distributed.errors import ConfigError
 from mlx_distributed.models import (
@@ -60,6 +60,42 @@ def test_what_a_graph_holds_and_computes() -> None:
     phases = trace(run, [mx.zeros((32, 16)), mx.zeros((16, 64))])
     size = 4 * 32 * 64
     assert phases == (Phase(2 * 32 * 16 * 64, size, size), Phase(0.0, 2 * size + 4, size + 4))
+
+
+def test_what_nobody_else_holds_is_freed() -> None:
+    def run(_: mx.array, first: mx.array, second: mx.array) -> list[list[mx.array]]:
+        return [[first + 1], [mx.concatenate([second, second])]]
+
+    own = [mx.zeros((32, 64)), mx.zeros((32, 64))]
+    size = own[0].nbytes  # In place of the first; the second is freed when it is copied.
+    assert trace(run, [mx.zeros(1)], own) == (Phase(0.0, 2 * size, 2 * size), Phase(0.0, 4 * size, 3 * size))
+
+
+def test_a_graph_that_cannot_be_shown() -> None:
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
+    with pytest.raises(ConfigError, match=r"cannot be foretold.*mixture of experts"):
+        Model(build("full", "mixtral", **experts)).work(0, 4, SHAPE)
+
+
+def test_packed_rows_take_less_than_one_long_row() -> None:
+    model = Model(build("lora"))
+    long = Shape(1, 512, keep=False, checkpointed=False, order="buckets")
+    packed = replace(long, groups=((128, 128), (256,)))
+    side_by_side = replace(long, num_rows=4, length=128)
+    assert packed.num_scores == 2 * 128**2 + 256**2
+    sizes = [model.work(0, 4, shape).working_bytes for shape in (side_by_side, packed, long)]
+    assert sizes == sorted(sizes)
+    assert sizes[1] < 0.7 * sizes[2]
+
+
+def test_which_micro_batches_may_take_most() -> None:
+    tokens, scores, both, neither = (
+        Shape(num_rows, length, keep=False, checkpointed=False)
+        for num_rows, length in ((16, 64), (1, 512), (3, 280), (1, 64))
+    )
+    assert largest([neither, scores, tokens, both]) == (tokens, both, scores)
+    assert largest([neither]) == (neither,)
+    assert largest([]) == ()
 
 
 def evaluate(model: nn.Module, start: int, stop: int, shape: Shape) -> tuple[int, list[int]]:
@@ -169,7 +205,7 @@ def test_one_worker(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert out.startswith(
         "4 layers, 187 K parameters, 187 K trained (full)\n1 copy of the model, each on 1 worker: 4 m"
     )
-    assert re.search(r"^     0 +0-3 +187 K +187 K +[\d.]+ KiB +1.42 MiB +2.14 MiB +0 B ", out, re.MULTILINE)
+    assert re.search(r"^     0 +0-3 +187 K +187 K +[\d.]+ KiB +1.42 MiB +1.42 MiB +0 B ", out, re.MULTILINE)
     assert "schedule" not in out
     assert "note: " not in out
 
@@ -190,6 +226,27 @@ def test_a_faster_worker_gets_more_layers(config: Path, capsys: pytest.CaptureFi
     assert "parallel.pipeline.split=[3,1]" in " ".join(out.split())
     _, out, _ = plan(config, capsys, *STAGES, "parallel.pipeline.split=[3,1]", "--speeds", "4,1")
     assert "training would cut" not in out
+
+
+def test_how_many_are_in_flight(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As many as slow links need, as fit, and as the user says."""
+    slow = ["--link", "1Mbit", *STAGES, "parallel.pipeline.activations=keep", "train.global_batch_size=16"]
+    _, out, _ = plan(config, capsys, *slow)
+    (number,) = re.findall(
+        r"; (\d+) micro-batches in flight on the first worker: 2 would take \d+%", " ".join(out.split())
+    )
+    assert int(number) > 2
+    (name,) = re.findall(rf"^ +(1f1b|zb-h1) +{number} .* best$", out, re.MULTILINE)
+    assert f"to have it, set parallel.pipeline.schedule={name} parallel.pipeline.in_flight={number}\n" in out
+    auto = [*slow, "parallel.pipeline.schedule=auto"]
+    _, out, _ = plan(config, capsys, *auto)
+    assert "to have it" not in out
+    _, least, _ = plan(config, capsys, *auto, "parallel.pipeline.in_flight=2")
+    assert re.search(r"^ +(1f1b|zb-h1) +2 .* best$", least, re.MULTILINE)
+    assert "in flight on the first worker" not in " ".join(least.split())
+    status, tight, _ = plan(config, capsys, "--memory", f"{max(total_bytes(least)) * 1.02:.3f}MiB", *auto)
+    assert status == 0
+    assert "; 2 micro-batches in flight on the first worker: no other number that fits" in " ".join(tight.split())
 
 
 def test_several_chunks_and_copies(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,11 +306,16 @@ def test_a_split_that_does_not_fit(config: Path, capsys: pytest.CaptureFixture[s
 
 def test_data_that_cannot_be_read(config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"nothing": 1}\n', encoding="utf-8")
-    rows = [f"data.train={tmp_path / 'rows.jsonl'}", "data.max_seq_length=32", "parallel.sync=delayed"]
-    _, out, _ = plan(config, capsys, *rows, "parallel.nproc=2")
+    rows = [f"data.train={tmp_path / 'rows.jsonl'}", "data.max_seq_length=32"]
+    _, out, _ = plan(config, capsys, *rows)
     assert "at most 2 x 31 tokens" in out
     assert "note: the data cannot be read" in out
-    assert "note: counted as with parallel.sync=step" in out
+
+
+def test_sums_that_come_late_are_held(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outs = [plan(config, capsys, "parallel.nproc=2", f"parallel.sync={sync}")[1] for sync in ("step", "delayed")]
+    together, late = (total_bytes(out)[0] for out in outs)
+    assert late - together == pytest.approx(4 * 187e3 / 2**20, rel=0.1)
 
 
 def test_the_quick_start(capsys: pytest.CaptureFixture[str]) -> None:

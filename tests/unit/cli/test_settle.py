@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 
 from mlx_distributed.cli.plan.inputs import by_stage
-from mlx_distributed.cli.plan.settle import Settled, Worker, settle, workers_of
+from mlx_distributed.cli.plan.settle import Settled, Worker, decide, settle, workers_of
+from mlx_distributed.cli.stages import make_schedule
 from mlx_distributed.comm.base import Communicator, LocalComm
 from mlx_distributed.config import Config
-from mlx_distributed.config.schema import ModelConfig, ParallelConfig, PipelineConfig, TrainConfig
+from mlx_distributed.config.schema import DataConfig, ModelConfig, ParallelConfig, PipelineConfig, TrainConfig
 from mlx_distributed.errors import ConfigError
 from mlx_distributed.models import load, prepare
+from mlx_distributed.parallel.choose import numbers_in_flight
+from mlx_distributed.parallel.simulate import Costs, StageCosts, simulate
 from mlx_distributed.testing import run_ranks, tiny_model
 
 GIB = 1 << 30
@@ -61,6 +64,52 @@ def test_all_ranks_decide_alike_for_what_was_measured(folder: Path) -> None:
     assert len(settings.split) == 2 * settings.chunks
     assert f"; {settings.schedule}, the fastest at " in found[0].reason
     assert found[0].reason.endswith(")")
+
+
+def told(folder: Path, link_bytes_per_s: float, memory_bytes: int = GIB, **settings: object) -> Settled:
+    """What a run decides on four workers of 1 GFLOP/s each; their speed and links are not those of this machine."""
+    config = pipeline(4, num_stages=4, schedule="auto", activations="keep", **settings)
+    train, data = TrainConfig(global_batch_size=16, micro_batch_size=1), DataConfig(max_seq_length=65)
+    config = replace(config, train=train, data=data)
+    model, _, _ = load(ModelConfig(path=str(folder)), lazy=True)
+    prepare(model, config.method, config.lora, config.seed, lazy=True)
+    workers = workers_of(config, [Worker(memory_bytes, 1e9)] * 4, 1, link_bytes_per_s)
+    return decide(model, config, None, workers)
+
+
+def test_auto_chooses_how_many_are_in_flight(folder: Path) -> None:
+    """By the links, within the memory, and never against the user."""
+    fast, slow = told(folder, 1e9), told(folder, 2e6)
+    assert fast.settings.in_flight == "auto"
+    assert (
+        "; 4 micro-batches in flight on the first worker: no other number that fits is faster by more than 1% ("
+        in fast.reason
+    )
+    assert not isinstance(slow.settings.in_flight, str)
+    assert 4 < slow.settings.in_flight <= 13
+    said = f"; {slow.settings.in_flight} micro-batches in flight on the first worker: 4 would take "
+    assert said in slow.reason
+    fixed = told(folder, 2e6, in_flight=5)
+    assert fixed.settings.in_flight == 5
+    assert "in flight" not in fixed.reason
+
+
+@pytest.mark.parametrize(
+    ("link_s", "textbook", "raised"), [(0, 0.84, 0.84), (0.3, 0.73, 0.81), (1, 0.56, 0.76), (4, 0.28, 0.48)]
+)
+def test_one_of_the_numbers_in_flight_hides_the_links(link_s: float, textbook: float, raised: float) -> None:
+    """Share of the time that four equal workers work in a step of 16 micro-batches, with F = B = W = 1."""
+    costs = Costs((StageCosts(1, 1, 1),) * 4, (link_s,) * 3)
+    settings = [PipelineConfig(num_stages=4, in_flight=number) for number in numbers_in_flight(4, 16)]
+    found = [simulate(make_schedule(each, 4, 16), costs).efficiency for each in settings]
+    assert found[0] == pytest.approx(textbook, abs=0.006)
+    assert max(found) >= raised
+    assert numbers_in_flight(4, 6) == [4, 5, 6]
+    assert numbers_in_flight(2, 1) == [2]
+
+
+def test_a_dry_run_takes_links_for_those_of_one_machine(folder: Path) -> None:
+    assert " GFLOP/s and 10 Gbit/s: " in decided(folder, pipeline(schedule="auto")).reason
 
 
 def test_what_is_refused_is_refused_on_all_ranks(folder: Path) -> None:
