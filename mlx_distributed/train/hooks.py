@@ -83,6 +83,8 @@ class Save:
         their moments there would be nothing to go on with, so of a shard nothing is saved."""
         if state.pending is not None and not state.pending.here:
             state.pending = None  # It is lost with the peer, and computed again after a resume.
+        if not self._checkpointer.has(state.step):
+            self._saved = (0, {})  # A state that was had from others is nowhere in this folder.
         self._save(state, LocalComm())
 
     def _save(self, state: TrainState, comm: Communicator) -> None:

@@ -75,6 +75,10 @@ class Checkpointer:
             raise CheckpointError(f"--resume {which}: there is no whole {evaluated}checkpoint in {self.folder}")
         return found
 
+    def has(self, step: int) -> bool:
+        """Whether this step is saved; its files are not read."""
+        return any(checkpoint.meta.step == step for checkpoint in readable(self.folder, _ignore))
+
     def best_metric(self) -> float | None:
         """The best `metric` that was saved; None where none was measured."""
         saved = [checkpoint.meta.metrics for checkpoint in readable(self.folder, _ignore)]

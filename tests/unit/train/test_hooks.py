@@ -74,6 +74,17 @@ def test_what_was_just_restored_is_not_saved_again(tmp_path: Path) -> None:
     assert losses == [None]
 
 
+def test_who_is_left_alone_with_a_state_of_others_saves_it_once(tmp_path: Path) -> None:
+    save, losses = make_save(tmp_path)
+    save.mark(at(3))
+    save.alone(at(3))
+    save.alone(at(3))
+    assert losses == [None]
+    save.mark(at(3))
+    save.alone(at(3))
+    assert losses == [None]
+
+
 def test_the_best_is_that_of_all_runs_in_the_folder(tmp_path: Path) -> None:
     save, _ = make_save(tmp_path)
     assert save.is_best(at(1, 1e9))
