@@ -7,15 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mlx_distributed.errors import ConfigError
-from mlx_distributed.parallel.builders import gpipe, interleaved, one_f_one_b, zb_h1, zero_bubble
 from mlx_distributed.parallel.schedule import Schedule
 from mlx_distributed.parallel.simulate import Costs, Simulation, simulate
 
 TIE = 0.01
 """A step may take so much longer if less memory is held then."""
-SLACKS = (0.0, 1 / 3, 2 / 3, 1.0)
-"""Micro-batches in flight per later worker, beyond the least that hides the links. As F and B take turns, a message may
-have to wait for the end of one that is under way; F is a third of a micro-batch's work where F, B and W are alike."""
 
 
 @dataclass(frozen=True)
@@ -38,23 +34,11 @@ class Choice:
     candidates: tuple[Candidate, ...]
 
 
-def candidates(num_microbatches: int, costs: Mapping[int, Costs], memory_bytes: Sequence[int]) -> list[Schedule]:
-    """Schedules worth a simulation; arguments as for `choose`."""
-    num_workers = len(memory_bytes)
-    found = [interleaved(num_workers, num_microbatches, num_chunks) for num_chunks in costs if num_chunks > 1]
-    if 1 in costs:
-        found += _of_one_chunk(num_microbatches, costs[1], memory_bytes)
-    different: dict[object, Schedule] = {}
-    for schedule in found:
-        different.setdefault(schedule.actions, schedule)
-    return list(different.values())
-
-
 def choose(schedules: Iterable[Schedule], costs: Mapping[int, Costs], memory_bytes: Sequence[int]) -> Choice:
     """The fastest of these schedules; of those that are not 1 % slower, the one that holds the fewest bytes.
 
     Args:
-        schedules: valid ones, such as `candidates` has.
+        schedules: valid ones.
         costs: by the number of chunks per worker that the model is cut into.
         memory_bytes: by worker, what it has for what is held for backward passes, all else taken off.
 
@@ -97,46 +81,6 @@ def numbers_in_flight(num_workers: int, num_microbatches: int) -> list[int]:
     later, thirds = num_workers - 1, range(3, 13)
     numbers = {min(1 + math.ceil(third * later / 3), num_microbatches) for third in thirds}
     return sorted({max(number, num_workers) for number in numbers})
-
-
-def _of_one_chunk(num_microbatches: int, costs: Costs, memory_bytes: Sequence[int]) -> list[Schedule]:
-    num_workers = len(costs.stages)
-    found = [
-        one_f_one_b(num_workers, num_microbatches),
-        zb_h1(num_workers, num_microbatches),
-        gpipe(num_workers, num_microbatches),
-    ]
-    room, split_room = (
-        [
-            max(memory // num_bytes if num_bytes else num_microbatches, 1)
-            for memory, num_bytes in zip(memory_bytes, of_one, strict=True)
-        ]
-        for of_one in (
-            [stage.activation_bytes for stage in costs.stages],
-            [max(stage.activation_bytes, stage.residual_bytes) for stage in costs.stages],
-        )
-    )
-    for slack in SLACKS:
-        wanted = [min(number, num_microbatches) for number in _in_flight(costs, slack)]
-        found.append(one_f_one_b(num_workers, num_microbatches, list(map(min, wanted, room))))
-        in_flight = [min(wanted[0], number) for number in split_room]
-        warm_up = list(map(min, wanted, in_flight))
-        found.append(zero_bubble(num_workers, num_microbatches, warm_up, in_flight))
-    return found
-
-
-def _in_flight(costs: Costs, slack: float) -> list[int]:
-    """Of 1F1B, by worker: p - worker, and as many as the slowest stage works off while messages are on the way."""
-    num_workers = len(costs.stages)
-    slowest_s = max(stage.forward_s + stage.backward_s + stage.weight_s for stage in costs.stages)
-    numbers = []
-    for worker in range(num_workers):
-        round_trip_s = 2 * sum(costs.link_s[worker : num_workers - 1])
-        hidden = round_trip_s / slowest_s if slowest_s else 0.0
-        rest = num_workers - 1 - worker
-        # Rounding must not add one where the numbers divide.
-        numbers.append(rest + 1 + math.ceil(hidden + slack * rest - 1e-9))
-    return numbers
 
 
 def _lack_bytes(simulation: Simulation, memory_bytes: Sequence[int]) -> tuple[int, int]:

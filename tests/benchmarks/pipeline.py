@@ -32,8 +32,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from common import Table, interleave, parser, print_machine, run_group, workplace, write_config, write_rows
 from pipeline_picture import draw_timelines
 
+from mlx_distributed.cli.stages import in_flight
+from mlx_distributed.config.schema import PipelineConfig
 from mlx_distributed.parallel.builders import gpipe, interleaved, one_f_one_b, zb_h1, zero_bubble
-from mlx_distributed.parallel.choose import candidates, choose
+from mlx_distributed.parallel.choose import choose, numbers_in_flight
 from mlx_distributed.parallel.partition import LayerCosts, Worker, partition
 from mlx_distributed.parallel.schedule import Schedule
 from mlx_distributed.parallel.simulate import Costs, Span, StageCosts, simulate
@@ -79,9 +81,14 @@ def equal_costs(forward_s: float, link: float, num_chunks: int = 1) -> Costs:
 
 def raised(name: str, costs: Costs) -> Schedule:
     """The best of a kind, with as many in flight as these links need."""
-    costs_by_chunks, memory_bytes = {1: costs}, [UNLIMITED] * len(costs.stages)
-    found = candidates(NUM_MICROBATCHES, costs_by_chunks, memory_bytes)
-    return choose([each for each in found if each.name == name], costs_by_chunks, memory_bytes).schedule
+    found = []
+    for first in numbers_in_flight(NUM_WORKERS, NUM_MICROBATCHES):
+        held = in_flight(PipelineConfig(in_flight=first), NUM_WORKERS)
+        if name == "1f1b":
+            found.append(one_f_one_b(NUM_WORKERS, NUM_MICROBATCHES, held))
+        else:
+            found.append(zero_bubble(NUM_WORKERS, NUM_MICROBATCHES, held, [first] * NUM_WORKERS))
+    return choose(found, {1: costs}, [UNLIMITED] * NUM_WORKERS).schedule
 
 
 def cases(forward_s: float, link: float) -> list[Case]:

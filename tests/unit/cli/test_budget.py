@@ -72,7 +72,7 @@ def measure(config_file: Path, budget: str, *overrides: str) -> tuple[int, int]:
 )
 def test_a_peak_is_foretold(config_file: Path, overrides: tuple[str, ...]) -> None:
     """In a model so small, much is of arrays that MLX frees a little later or sooner, as the machine is busy; larger
-    ones are foretold within a tenth (`tests/benchmarks/memory.py`)."""
+    ones are foretold within a tenth (`tests/benchmarks/memory_estimate.py`)."""
     expected_bytes, peak_bytes = measure(config_file, "10GB", *overrides)
     assert expected_bytes == pytest.approx(peak_bytes, rel=0.3)
 

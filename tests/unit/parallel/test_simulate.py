@@ -7,11 +7,11 @@ from collections import deque
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pipeline_schedules import schedules
+from pipeline_schedules import candidates, schedules
 
 from mlx_distributed.errors import ConfigError
 from mlx_distributed.parallel.builders import gpipe, interleaved, one_f_one_b, zb_h1, zero_bubble
-from mlx_distributed.parallel.choose import TIE, candidates, choose
+from mlx_distributed.parallel.choose import TIE, choose
 from mlx_distributed.parallel.schedule import Action, Schedule
 from mlx_distributed.parallel.simulate import Costs, StageCosts, simulate
 from mlx_distributed.parallel.validate import validate
